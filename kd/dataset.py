@@ -1,0 +1,168 @@
+"""GSM8K rows and splits: from the Hub, from a folder of the original JSON lines, or the built-in miniature.
+
+`prepare` writes `train.jsonl` and `test.jsonl`; every later stage reads those and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kd import config, miniature
+from kd.errors import UserError
+from kd.files import whole_folder, write_text
+
+_FINAL_ANSWER = re.compile(r"#### *(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One GSM8K row.
+
+    `id` is its split and 1-based position ("train-00017"), `answer` the main answer that ends in "#### n", and
+    `target` the answer students are trained on: the socratic one or, with `answers: main`, the same as `answer`.
+    """
+
+    id: str
+    question: str
+    answer: str
+    target: str
+
+
+def final_answer(answer: str) -> str | None:
+    """The number behind "####", without thousands separators ("70000"); None where there is none."""
+    match = _FINAL_ANSWER.search(answer)
+    return match[1].replace(",", "") if match else None
+
+
+def prepare(dataset: config.Dataset, seed: int, target: Path) -> None:
+    """Write the experiment's rows to `target`/train.jsonl and test.jsonl."""
+    splits = _load(dataset, seed)
+    wanted = {"train": dataset.train_rows, "test": dataset.test_rows}
+    with whole_folder(target) as work:
+        for split, rows in splits.items():
+            if len(rows) < wanted[split]:
+                raise UserError(
+                    f"dataset.{split}_rows: {wanted[split]} rows asked for, but the {split} split has {len(rows)}"
+                )
+            lines = (json.dumps(asdict(row), ensure_ascii=False) for row in rows[: wanted[split]])
+            write_text(work / f"{split}.jsonl", "".join(line + "\n" for line in lines))
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The rows of a prepared `train.jsonl` or `test.jsonl`, in order."""
+    return [_example(path, line, row) for line, row in _json_lines(path)]
+
+
+def _load(dataset: config.Dataset, seed: int) -> dict[str, list[Example]]:
+    match dataset:
+        case config.MiniatureDataset():
+            return _miniature(dataset, seed)
+        case config.FolderDataset():
+            return {split: _folder_split(Path(dataset.path), split, dataset.answers) for split in ("train", "test")}
+        case config.HubDataset():
+            return {split: _hub_split(dataset, split) for split in ("train", "test")}
+
+
+def _miniature(dataset: config.MiniatureDataset, seed: int) -> dict[str, list[Example]]:
+    problems = miniature.problems(dataset.train_rows + dataset.test_rows, seed)
+    rows = [(p.question, p.main_answer, p.main_answer if dataset.answers == "main" else p.socratic_answer) for p in problems]
+    return {
+        "train": _number("train", rows[: dataset.train_rows]),
+        "test": _number("test", rows[dataset.train_rows :]),
+    }
+
+
+def _folder_split(folder: Path, split: str, answers: str) -> list[Example]:
+    main = list(_gsm8k_lines(folder / f"{split}.jsonl"))
+    if answers == "main":
+        return _number(split, ((question, answer, answer) for question, answer in main))
+    path = folder / f"{split}_socratic.jsonl"
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file, so there are no socratic answers to train on; set `dataset.answers: main`"
+        )
+    return _number(split, _join(main, list(_gsm8k_lines(path)), str(path)))
+
+
+def _hub_split(dataset: config.HubDataset, split: str) -> list[Example]:
+    from datasets import load_dataset
+
+    def rows(configuration: str) -> list[tuple[str, str]]:
+        what = f"{dataset.name} ({configuration}, {split}) at {dataset.revision[:7]}"
+        try:
+            table = load_dataset(dataset.name, configuration, split=split, revision=dataset.revision)
+        except (OSError, ValueError) as error:  # no network, no such repository, no cached copy
+            raise UserError(
+                f"dataset: {what} could not be loaded ({type(error).__name__}: {error}); "
+                "connect to the Hub, or set `source: folder` and a path"
+            ) from error
+        return [_checked(f"{what} row {i}", row) for i, row in enumerate(table, start=1)]
+
+    main = rows("main")
+    if dataset.answers == "main":
+        return _number(split, ((question, answer, answer) for question, answer in main))
+    return _number(split, _join(main, rows("socratic"), f"{dataset.name} (socratic, {split})"))
+
+
+def _join(
+    main: list[tuple[str, str]], socratic: list[tuple[str, str]], where: str
+) -> Iterator[tuple[str, str, str]]:
+    """Main and socratic rows belong together by position; their questions must agree."""
+    if len(main) != len(socratic):
+        raise UserError(f"{where}: {len(socratic)} rows, but the main split has {len(main)}; they must match")
+    for i, ((question, answer), (other, target)) in enumerate(zip(main, socratic, strict=True), start=1):
+        if question != other:
+            raise UserError(f"{where} row {i}: another question than row {i} of the main split; they must match")
+        yield question, answer, target
+
+
+def _number(split: str, rows: Iterable[tuple[str, str, str]]) -> list[Example]:
+    return [Example(f"{split}-{i:05d}", *row) for i, row in enumerate(rows, start=1)]
+
+
+def _gsm8k_lines(path: Path) -> Iterator[tuple[str, str]]:
+    for line, row in _json_lines(path):
+        yield _checked(f"{path} line {line}", row)
+
+
+def _checked(where: str, row: object) -> tuple[str, str]:
+    """Question and answer of one GSM8K row."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with `question` and `answer`")
+    for key in ("question", "answer"):
+        if not isinstance(row.get(key), str):
+            raise UserError(f"{where}: `{key}` is missing or not text")
+    if final_answer(row["answer"]) is None:
+        raise UserError(f"{where}: the answer does not end in `#### ` and a number; mend or remove the row")
+    return row["question"], row["answer"]
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Line numbers (from 1) and values of a JSON lines file; blank lines are passed over."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _parse(path, number, line)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def _parse(path: Path, number: int, line: str) -> object:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path} line {number}: not JSON ({error}); mend or remove the line") from None
+
+
+def _example(path: Path, line: int, row: object) -> Example:
+    try:
+        return Example(**row)  # type: ignore[arg-type]
+    except TypeError:
+        raise UserError(f"{path} line {line}: not a prepared row; run `kd prepare` again") from None

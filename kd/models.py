@@ -1,0 +1,115 @@
+"""A model named in params -> a local folder, its tokenizer and its weights. safetensors only, never remote code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from kd import config, smollm2
+from kd.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Where converted models lie: $KD_CACHE, else the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("KD_CACHE")
+    return Path(chosen) if chosen else user_cache_path("kd")
+
+
+def model_name(model: config.Model) -> str:
+    """The name written into stores and adapters: the Hub's id, or the folder as params give it."""
+    match model:
+        case config.BundledModel():
+            return f"{smollm2.PACKAGE}/{smollm2.NAME}"
+        case config.FolderModel():
+            return model.path
+        case config.HubModel():
+            return model.name
+
+
+def model_folder(model: config.Model) -> Path:
+    """The local folder of a model, fetched from the Hub or converted on first use, with its files checked."""
+    match model:
+        case config.BundledModel():
+            folder = smollm2.folder(cache_folder())
+        case config.FolderModel():
+            folder = Path(model.path)
+        case config.HubModel():
+            folder = _hub_folder(model)
+    _check_folder(folder)
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's fast tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    if tokenizer.bos_token_id is None:
+        raise UserError(f"{folder}: its tokenizer has no BOS token, which the protocol puts before each text")
+    return tokenizer
+
+
+def load_model(folder: Path, dtype: config.Dtype, device: str) -> Any:
+    """The folder's causal language model in `dtype` on `device`, in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+    )
+    return model.to(device).eval()
+
+
+def default_device() -> str:
+    """The first GPU, or the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def encode(tokenizer: Any, text: str, *, bos: bool, limit: int | None = None) -> list[int]:
+    """Token ids of `text` as plain text, after BOS if asked, the whole cut to `limit` tokens.
+
+    Explicit about BOS, because tokenizers differ in whether they add one by themselves; a special token's name
+    inside a question is text, not a token.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ([tokenizer.bos_token_id, *ids] if bos else list(ids))[:limit]
+
+
+def vocabulary_sha256(tokenizer: Any) -> str:
+    """A fingerprint of the tokenizer's vocabulary: which id stands for which token."""
+    entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256("".join(f"{i}\t{token}\n" for i, token in entries).encode()).hexdigest()
+
+
+def _hub_folder(model: config.HubModel) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            model.name, revision=model.revision, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{model.name} at {model.revision[:7]}: not in the local cache and not fetched ({type(error).__name__}); "
+            "connect to the Hub, log in if the model is gated, or set `source: folder` and a path"
+        ) from error
+    return Path(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    for pattern, what in {
+        "config.json": "a model configuration",
+        "*.safetensors": "weights as safetensors",
+        "tokenizer.json": "a fast tokenizer",
+    }.items():
+        if not any(folder.glob(pattern)):
+            raise UserError(f"{folder}: no {pattern}; a model folder needs {what}")

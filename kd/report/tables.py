@@ -1,0 +1,102 @@
+"""The results of a profile, as a document and as the paper's table."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from kd.assess.score import read_score
+from kd.config import Config
+from kd.files import whole_folder, write_json, write_text
+from kd.published import RESULTS
+from kd.report.plots import accuracy_chart
+from kd.report.statistics import wilson_interval
+
+HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "Published")
+
+
+def report(config: Config) -> dict[str, Any]:
+    """Score every experiment's log and write results.json, results.md and accuracy.png; returns the results."""
+    results = collect(config)
+    with whole_folder(config.artifacts / "report") as work:
+        write_json(work / "results.json", results)
+        write_text(work / "results.md", markdown(results))
+        accuracy_chart(results, work / "accuracy.png")
+    return results
+
+
+def collect(config: Config) -> dict[str, Any]:
+    """The results document: what was run and, per experiment, what it came to and what was published."""
+    return {
+        "profile": config.profile,
+        "protocol": config.distill.protocol,
+        "seed": config.seed,
+        "dataset": config.dataset.model_dump(),
+        "student": config.student.model_dump(),
+        "teacher": config.teacher.model_dump(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "experiments": {name: _result(config, name) for name in config.experiments},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table for a terminal, columns aligned."""
+    rows = _rows(results)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines) + "\n" + _undecided(results)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table as Markdown, with what stands behind it."""
+    header, *rows = _rows(results)
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    data = results["dataset"]
+    setting = (
+        f"Profile `{results['profile']}`, protocol `{results['protocol']}`, seed {results['seed']}; "
+        f"{data['train_rows']} training and {data['test_rows']} test rows ({data['source']}, {data['answers']} answers)."
+    )
+    return "\n".join([f"# Results: {results['profile']}", "", setting, "", *lines, "", _undecided(results)])
+
+
+def _result(config: Config, experiment: str) -> dict[str, Any]:
+    score = read_score(config.artifacts / "logs" / f"{experiment}.csv", config.dataset.test_rows)
+    low, high = wilson_interval(score.correct, score.rows)
+    published = RESULTS.get(experiment)
+    return {
+        "correct": score.correct,
+        "rows": score.rows,
+        "accuracy": score.correct / score.rows,
+        "interval": [low, high],
+        "undecided": score.undecided,
+        "published_accuracy": published.accuracy / 100 if published else None,
+    }
+
+
+def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [HEADER]
+    for name, result in results["experiments"].items():
+        low, high = result["interval"]
+        published = result["published_accuracy"]
+        rows.append(
+            (
+                name,
+                f"{result['accuracy']:.2%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{result['correct']}/{result['rows']}",
+                f"{published:.2%}" if published is not None else "not in the paper",
+            )
+        )
+    return rows
+
+
+def _undecided(results: dict[str, Any]) -> str:
+    """What the extraction rules left to a person; such rows count as wrong (-1)."""
+    lists = {name: result["undecided"] for name, result in results["experiments"].items() if result["undecided"]}
+    if not lists:
+        return "Every answer was settled by a rule.\n"
+    return "".join(
+        f"{name}: no rule settles {len(rows)} rows, counted wrong: {', '.join(map(str, rows))}\n"
+        for name, rows in lists.items()
+    )
