@@ -7,6 +7,7 @@ hashes checked. nox itself would make one per session, so the sessions run with 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import nox
@@ -22,6 +23,7 @@ def environment(session: nox.Session) -> None:
     if not (ENVIRONMENT / "pyvenv.cfg").exists():
         session.run("uv", "venv", "--quiet", "--python", "3.11", str(ENVIRONMENT))
     session.env["VIRTUAL_ENV"] = str(ENVIRONMENT)
+    session.env["PYTHONDONTWRITEBYTECODE"] = ""  # without bytecode every stage compiles torch's sources anew
     session.env["PATH"] = f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"
     install = ("uv", "pip", "install", "--quiet", "--no-deps")
     session.run(*install, "--require-hashes", "--requirement", LOCK)
@@ -40,4 +42,66 @@ def lock(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def mini(session: nox.Session) -> None:
+    """The whole experiment in miniature, and its table. Stages that are up to date do not run again."""
+    if not re.search(r"^profile: mini\b", Path("params.yaml").read_text(encoding="utf-8"), re.MULTILINE):
+        session.error("params.yaml is not the mini profile; `cp profiles/mini.yaml params.yaml` switches to it")
     environment(session)
+    session.run("dvc", "repro", "--quiet", *session.posargs)
+    session.run("cat", "artifacts/mini/report/results.md")
+
+
+@nox.session(python=False)
+def tests(session: nox.Session) -> None:
+    """Every test; arguments go to pytest (`nox -s tests -- -k store -x`)."""
+    environment(session)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=False)
+def extractor(session: nox.Session) -> None:
+    """The extractor's suite alone; arguments go to pytest."""
+    environment(session)
+    session.run("pytest", "tests/assess/test_extract.py", *session.posargs)
+
+
+@nox.session(python=False)
+def lint(session: nox.Session) -> None:
+    """ruff (style and format) and mypy (strict)."""
+    environment(session)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+def stage(session: nox.Session, name: str) -> None:
+    """Run `kd <name>` with the session's arguments, or without any the pipeline's stages of that name."""
+    environment(session)
+    if session.posargs:
+        session.run("kd", name, *session.posargs)
+    else:
+        session.run("dvc", "repro", name)
+
+
+@nox.session(python=False)
+def teacher(session: nox.Session) -> None:
+    """Teacher inference: `nox -s teacher -- base` captures one prompt; without arguments, whatever is out of date."""
+    stage(session, "teacher")
+
+
+@nox.session(python=False)
+def train(session: nox.Session) -> None:
+    """Training: `nox -s train -- teacher-kd` trains one student; without arguments, whatever is out of date."""
+    stage(session, "train")
+
+
+@nox.session(python=False)
+def assess(session: nox.Session) -> None:
+    """Assessment: `nox -s assess -- teacher-kd` asks one student; without arguments, whatever is out of date."""
+    stage(session, "assess")
+
+
+@nox.session(python=False)
+def report(session: nox.Session) -> None:
+    """Score the logs that are there and print the table."""
+    environment(session)
+    session.run("kd", "report", *session.posargs)

@@ -55,8 +55,10 @@ def problems(count: int, seed: int) -> list[Problem]:
     """`count` problems without a repeated question, the same ones for the same seed on every machine."""
     draw = random.Random(seed)
     found: dict[str, Problem] = {}
+    # Short problems come more often: a 135M-parameter student solves hardly any of the long ones.
+    pool = [template for template in TEMPLATES for _ in range(4 - len(template.steps))]
     while len(found) < count:
-        for template in draw.sample(TEMPLATES, len(TEMPLATES)):
+        for template in draw.sample(pool, len(pool)):
             problem = _problem(template, draw)
             found.setdefault(problem.question, problem)
     return list(found.values())[:count]
@@ -109,62 +111,62 @@ TEMPLATES: tuple[Template, ...] = (
     _template(
         "{name} has {a} {item}. {other} gives {name} {b} more. How many {item} does {name} have now?",
         "How many {item} does {name} have now? | {name} has [x=a+b] {item} now.",
-        a=(2, 20), b=(2, 20),
+        a=(2, 8), b=(2, 8),
     ),
     _template(
         "{name} had {a} {item} and gave {b} of them to {other}. How many {item} does {name} have left?",
         "How many {item} does {name} have left? | {name} has [x=a-b] {item} left.",
-        a=(6, 30), b=(2, 15),
+        a=(3, 9), b=(2, 6),
     ),
     _template(
         "{name} buys {a} boxes of {item} {place}. Each box holds {b} {item}. How many {item} does {name} buy?",
         "How many {item} does {name} buy? | {name} buys [x=a*b] {item}.",
-        a=(2, 9), b=(2, 12),
+        a=(2, 6), b=(2, 6),
     ),
     _template(
         "{name} shares {a} {item} equally among {b} friends. How many {item} does each friend get?",
         "How many {item} does each friend get? | Each friend gets [x=a/b] {item}.",
-        a=(6, 60), b=(2, 8),
+        a=(4, 12), b=(2, 6),
     ),
     _template(
         "A ticket costs ${a}. {name} buys {b} tickets. How many dollars does {name} pay?",
         "How many dollars does {name} pay? | {name} pays $[x=a*b].",
-        a=(2, 15), b=(2, 9),
+        a=(2, 6), b=(2, 6),
     ),
     _template(
         "{name} read {a} pages on Monday and {b} pages on Tuesday. How many pages did {name} read in total?",
         "How many pages did {name} read in total? | {name} read [x=a+b] pages in total.",
-        a=(5, 40), b=(5, 40),
+        a=(2, 9), b=(2, 9),
     ),
     _template(
         "There are {a} birds in a tree. Then {b} of them fly away. How many birds are still in the tree?",
         "How many birds are still in the tree? | There are [x=a-b] birds still in the tree.",
-        a=(5, 30), b=(2, 20),
+        a=(3, 9), b=(2, 6),
     ),
     _template(
         "{name} has twice as many {item} as {other}. {other} has {a} {item}. How many {item} does {name} have?",
         "How many {item} does {name} have? | {name} has [x=2*a] {item}.",
-        a=(2, 40),
+        a=(2, 9),
     ),
     _template(
         "{name} walks {a} miles every day. How many miles does {name} walk in {b} days?",
         "How many miles does {name} walk in {b} days? | {name} walks [x=a*b] miles.",
-        a=(2, 8), b=(2, 14),
+        a=(2, 6), b=(2, 7),
     ),
     _template(
         "A rope of {a} meters is cut into {b} equal pieces. How many meters long is each piece?",
         "How many meters long is each piece? | Each piece is [x=a/b] meters long.",
-        a=(6, 80), b=(2, 10),
+        a=(4, 20), b=(2, 10),
     ),
     _template(
         "{name} is {a} years old. {other} is {b} years older. How old is {other}?",
         "How old is {other}? | {other} is [x=a+b] years old.",
-        a=(3, 40), b=(2, 20),
+        a=(2, 9), b=(2, 9),
     ),
     _template(
         "{name} wants a toy that costs ${a} and has ${b}. How many more dollars does {name} need?",
         "How many more dollars does {name} need? | {name} needs $[x=a-b] more.",
-        a=(10, 60), b=(3, 50),
+        a=(4, 15), b=(2, 9),
     ),
     # two steps
     _template(
