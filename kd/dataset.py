@@ -54,6 +54,8 @@ def prepare(dataset: config.Dataset, seed: int, target: Path) -> None:
 
 def read_examples(path: Path) -> list[Example]:
     """The rows of a prepared `train.jsonl` or `test.jsonl`, in order."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run `kd prepare`")
     return [_example(path, line, row) for line, row in _json_lines(path)]
 
 
@@ -69,7 +71,9 @@ def _load(dataset: config.Dataset, seed: int) -> dict[str, list[Example]]:
 
 def _miniature(dataset: config.MiniatureDataset, seed: int) -> dict[str, list[Example]]:
     problems = miniature.problems(dataset.train_rows + dataset.test_rows, seed)
-    rows = [(p.question, p.main_answer, p.main_answer if dataset.answers == "main" else p.socratic_answer) for p in problems]
+    rows = [
+        (p.question, p.main_answer, p.main_answer if dataset.answers == "main" else p.socratic_answer) for p in problems
+    ]
     return {
         "train": _number("train", rows[: dataset.train_rows]),
         "test": _number("test", rows[dataset.train_rows :]),
@@ -108,9 +112,7 @@ def _hub_split(dataset: config.HubDataset, split: str) -> list[Example]:
     return _number(split, _join(main, rows("socratic"), f"{dataset.name} (socratic, {split})"))
 
 
-def _join(
-    main: list[tuple[str, str]], socratic: list[tuple[str, str]], where: str
-) -> Iterator[tuple[str, str, str]]:
+def _join(main: list[tuple[str, str]], socratic: list[tuple[str, str]], where: str) -> Iterator[tuple[str, str, str]]:
     """Main and socratic rows belong together by position; their questions must agree."""
     if len(main) != len(socratic):
         raise UserError(f"{where}: {len(socratic)} rows, but the main split has {len(main)}; they must match")

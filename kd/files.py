@@ -23,7 +23,7 @@ def whole_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
     A killed or failed run leaves at most its unfinished folder under `partial` (default: `.partial/` beside
     the pipeline), which the next run clears. A `target` from an earlier run stays until the new one is whole.
     """
-    work = partial or PARTIAL / "-".join(target.parts[-3:])
+    work = partial or _partial(target)
     _remove(work)
     work.mkdir(parents=True)
     yield work
@@ -38,20 +38,24 @@ def whole_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
     _remove(replaced)
 
 
+def write_whole_file(target: Path, text: str) -> None:
+    """Write UTF-8 text with its own line ends so that `target` holds all of it or what it held before."""
+    work = _partial(target)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    write_text(work, text)
+    _sync(work)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work.replace(target)
+    _sync(target.parent)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with `\\n` line ends so that `path` holds all of it or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
+    """Write UTF-8 text with its own line ends, into a folder that `whole_folder` makes whole."""
+    path.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write JSON that is the same bytes for the same document."""
+    """Write JSON, the same bytes for the same document, into a folder that `whole_folder` makes whole."""
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -69,6 +73,10 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _partial(target: Path) -> Path:
+    return PARTIAL / "-".join(target.parts[-3:])
 
 
 def _remove(path: Path) -> None:

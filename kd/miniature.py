@@ -34,11 +34,12 @@ class Template:
 
 
 _NAMES = (
-    "Ada Ben Carla Diego Elif Farid Grace Hana Ivan Jonas Keiko Lena Malik Nora Omar Priya Quinn Rosa Samir Tara Uma Viktor "
-    "Wendy Yusuf Zoe"
+    "Ada Ben Carla Diego Elif Farid Grace Hana Ivan Jonas Keiko Lena Malik Nora Omar Priya Quinn Rosa Samir Tara Uma "
+    "Viktor Wendy Yusuf Zoe"
 ).split()  # fmt: skip
 _ITEMS = (
-    "apples buttons candles cards coins cookies crayons eggs marbles muffins oranges pencils pens shells stamps stickers"
+    "apples buttons candles cards coins cookies crayons eggs marbles muffins oranges pencils pens shells stamps "
+    "stickers"
 ).split()
 _PLACES = ("at the market", "at school", "in the garden", "at the library", "on the farm", "in the kitchen")
 
@@ -177,7 +178,8 @@ TEMPLATES: tuple[Template, ...] = (
         a=(3, 25), b=(2, 25), c=(2, 15),
     ),
     _template(
-        "{name} buys {a} bags with {b} {item} each and already had {c} {item}. How many {item} does {name} have in all?",
+        "{name} buys {a} bags with {b} {item} each and already had {c} {item}. "
+        "How many {item} does {name} have in all?",
         "How many {item} are in the bags? | The bags hold [x=a*b] {item}.",
         "How many {item} does {name} have in all? | {name} has [y=x+c] {item} in all.",
         a=(2, 7), b=(2, 9), c=(1, 20),
@@ -213,13 +215,15 @@ TEMPLATES: tuple[Template, ...] = (
         a=(6, 30), b=(2, 15),
     ),
     _template(
-        "{name} reads {a} pages a day. After {b} days, {c} pages of the book remain. How many pages does the book have?",
+        "{name} reads {a} pages a day. After {b} days, {c} pages of the book remain. "
+        "How many pages does the book have?",
         "How many pages has {name} read? | {name} has read [x=a*b] pages.",
         "How many pages does the book have? | The book has [y=x+c] pages.",
         a=(5, 30), b=(2, 9), c=(5, 60),
     ),
     _template(
-        "A baker sells {a} loaves in the morning and twice as many in the afternoon. How many loaves does the baker sell?",
+        "A baker sells {a} loaves in the morning and twice as many in the afternoon. "
+        "How many loaves does the baker sell?",
         "How many loaves are sold in the afternoon? | In the afternoon, [x=2*a] loaves are sold.",
         "How many loaves does the baker sell? | The baker sells [y=a+x] loaves.",
         a=(3, 40),
@@ -277,15 +281,16 @@ TEMPLATES: tuple[Template, ...] = (
         a=(2, 6), b=(2, 5), c=(2, 10), d=(20, 60),
     ),
     _template(
-        "{name} sells {a} {item} at ${b} each {place} and pays ${c} for the stand. The rest is shared with {other}, half "
-        "each. How many dollars does each get?",
+        "{name} sells {a} {item} at ${b} each {place} and pays ${c} for the stand. "
+        "The rest is shared with {other}, half each. How many dollars does each get?",
         "How many dollars does {name} take in? | {name} takes in $[x=a*b].",
         "How many dollars are left after the stand? | After the stand, $[y=x-c] are left.",
         "How many dollars does each get? | Each gets $[z=y/2].",
         a=(5, 30), b=(2, 6), c=(4, 20),
     ),
     _template(
-        "A shelf holds {a} rows of {b} cans. {c} cans are sold and {d} new ones arrive. How many cans are on the shelf?",
+        "A shelf holds {a} rows of {b} cans. {c} cans are sold and {d} new ones arrive. "
+        "How many cans are on the shelf?",
         "How many cans are there at first? | At first there are [x=a*b] cans.",
         "How many cans remain? | After the sale [y=x-c] cans remain.",
         "How many cans are on the shelf? | With the new ones there are [z=y+d] cans.",

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 UNDECIDED = "undecided"
 
-# A sign counts only where nothing is subtracted from: "-5" and "= -5" are negative, "16-3" is not.
-_SIGN = r"(?:(?<![\w)\]}.%])[-−])?"
+# Hyphen or minus sign. A sign counts only where nothing is subtracted from: "= -5" is negative, "16-3" is not.
+_SIGN = r"(?:(?<![\w)\]}.%])[-\u2212])?"
 _DIGITS = r"(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)"
 _NUMBER = re.compile(rf"({_SIGN})\$?({_DIGITS})")
 _BOXED = re.compile(rf"\\boxed\{{\s*({_SIGN})(?:\\?\$\s*)?({_DIGITS})\s*(?:\\?%\s*)?\}}")
@@ -63,10 +63,8 @@ def answer_is(response: str) -> str | None:
 
 def last_number(response: str) -> str | None:
     """The number nearest the end."""
-    last = None
-    for last in _NUMBER.finditer(response):
-        pass
-    return canonical(last[1], last[2]) if last else None
+    found = _NUMBER.findall(response)
+    return canonical(*found[-1]) if found else None
 
 
 def canonical(sign: str, digits: str) -> str:

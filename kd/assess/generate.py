@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,24 @@ def respond(
     # Rows of like length share a batch, so little is padding; the longest first, so memory peaks at the start.
     order = sorted(range(len(prompts)), key=lambda i: (-len(token_ids[i]), i))
     responses: dict[int, Response] = {}
-    with progress(None or (), what, "question", total=len(prompts)) as bar:
+    with progress((), what, "question", total=len(prompts)) as bar:
         for start in range(0, len(order), batch_rows):
             rows = order[start : start + batch_rows]
-            for i, response in zip(rows, _batch(student, tokenizer, [token_ids[i] for i in rows], max_new_tokens), strict=True):
-                responses[i] = response
+            batch = _batch(student, tokenizer, [token_ids[i] for i in rows], max_new_tokens, bar)
+            responses.update(zip(rows, batch, strict=True))
             bar.update(len(rows))
     return [responses[i] for i in range(len(prompts))]
 
 
-def _batch(student: Any, tokenizer: Any, token_ids: list[list[int]], max_new_tokens: int) -> list[Response]:
+def _batch(
+    student: Any, tokenizer: Any, token_ids: list[list[int]], max_new_tokens: int, bar: tqdm[Any]
+) -> list[Response]:
     import torch
+
+    def show_step(ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        """Called after each token; never stops a row, but says where a long batch stands."""
+        bar.set_postfix_str(f"token {ids.shape[1] - input_ids.shape[1]} of {max_new_tokens}")
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     ends = student.generation_config.eos_token_id
     end_ids = ends if isinstance(ends, list) else [ends]
@@ -71,6 +79,7 @@ def _batch(student: Any, tokenizer: Any, token_ids: list[list[int]], max_new_tok
             temperature=None,
             top_p=None,
             pad_token_id=end_ids[0],
+            stopping_criteria=[show_step],
         )
     return [_response(tokenizer, row, end_ids, max_new_tokens) for row in output[:, input_ids.shape[1] :].tolist()]
 

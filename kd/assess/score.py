@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd import models
-from kd.assess.extract import canonical, extract
+from kd.assess.extract import UNDECIDED, canonical, extract
 from kd.assess.generate import load_student, respond
 from kd.config import Config
 from kd.dataset import Example, final_answer, read_examples
 from kd.errors import UserError
-from kd.files import write_text
+from kd.files import write_whole_file
 
 COLUMNS = (
     "question",
@@ -44,7 +44,11 @@ def assess(config: Config, experiment: str) -> None:
     folder = models.model_folder(config.student.model)
     adapter = config.artifacts / "adapters" / settings.adapter if settings.adapter else None
     student = load_student(
-        folder, config.student.dtype, adapter, models.model_name(config.student.model), models.default_device()
+        folder,
+        config.student.dtype,
+        adapter,
+        models.model_name(config.student.model),
+        models.default_device(),
     )
     prompts = [example.question + settings.suffix for example in examples]
     responses = respond(
@@ -72,7 +76,7 @@ def assess(config: Config, experiment: str) -> None:
                 is_correct(found.answer, example),
             ]
         )
-    write_text(config.artifacts / "logs" / f"{experiment}.csv", table.getvalue())
+    write_whole_file(config.artifacts / "logs" / f"{experiment}.csv", table.getvalue())
 
 
 def is_correct(answer: str | None, example: Example) -> bool:
@@ -97,5 +101,5 @@ def read_score(path: Path, rows: int) -> Score:
     return Score(
         rows=rows,
         correct=sum(row["correct"] == "True" for row in table),
-        undecided=[i for i, row in enumerate(table, start=1) if row["rule"] == "undecided"],
+        undecided=[i for i, row in enumerate(table, start=1) if row["rule"] == UNDECIDED],
     )

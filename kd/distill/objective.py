@@ -19,7 +19,11 @@ class Loss:
 
 
 def distillation_loss(
-    student: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None, alpha: float, temperature: float
+    student: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor | None,
+    alpha: float,
+    temperature: float,
 ) -> Loss:
     """alpha * CE + (1 - alpha) * T^2 * KL(student || teacher); CE alone where `teacher` is None.
 

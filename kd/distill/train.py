@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kd import models
 from kd.config import Config, Distill
@@ -18,9 +18,6 @@ from kd.files import whole_folder, write_text
 from kd.progress import progress
 from kd.teacher.capture import open_checked
 from kd.teacher.store import TeacherStore
-
-if TYPE_CHECKING:
-    import torch
 
 LOSS_FOLDER = "loss"
 
@@ -96,7 +93,9 @@ def descend(
         store.head = store.head.to(device)
     student.train()
     with Live(str(loss_folder), save_dvc_exp=False, dvcyaml=None, monitor_system=False) as live:
-        bar = progress(_epochs(matches, settings.epochs), f"train, {experiment}", "step", settings.epochs * len(matches))
+        bar = progress(
+            _epochs(matches, settings.epochs), f"train, {experiment}", "step", settings.epochs * len(matches)
+        )
         for match in bar:
             loss = step_loss(student, match, store, settings, device)
             optimizer.zero_grad()

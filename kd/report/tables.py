@@ -12,7 +12,7 @@ from kd.published import RESULTS
 from kd.report.plots import accuracy_chart
 from kd.report.statistics import wilson_interval
 
-HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "Published")
+HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "Undecided", "Published")
 
 
 def report(config: Config) -> dict[str, Any]:
@@ -45,17 +45,22 @@ def table(results: dict[str, Any]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines) + "\n" + _undecided(results)
+    return "\n".join(lines) + "\n"
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The table as Markdown, with what stands behind it."""
     header, *rows = _rows(results)
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [
+        f"| {' | '.join(header)} |",
+        "|---" * len(header) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
     data = results["dataset"]
     setting = (
         f"Profile `{results['profile']}`, protocol `{results['protocol']}`, seed {results['seed']}; "
-        f"{data['train_rows']} training and {data['test_rows']} test rows ({data['source']}, {data['answers']} answers)."
+        f"{data['train_rows']} training and {data['test_rows']} test rows "
+        f"({data['source']}, {data['answers']} answers)."
     )
     return "\n".join([f"# Results: {results['profile']}", "", setting, "", *lines, "", _undecided(results)])
 
@@ -85,6 +90,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{result['accuracy']:.2%}",
                 f"{low:.1%} to {high:.1%}",
                 f"{result['correct']}/{result['rows']}",
+                str(len(result["undecided"])),
                 f"{published:.2%}" if published is not None else "not in the paper",
             )
         )
@@ -95,8 +101,8 @@ def _undecided(results: dict[str, Any]) -> str:
     """What the extraction rules left to a person; such rows count as wrong (-1)."""
     lists = {name: result["undecided"] for name, result in results["experiments"].items() if result["undecided"]}
     if not lists:
-        return "Every answer was settled by a rule.\n"
-    return "".join(
-        f"{name}: no rule settles {len(rows)} rows, counted wrong: {', '.join(map(str, rows))}\n"
-        for name, rows in lists.items()
+        return "The extraction rules settled every row.\n"
+    lines = (f"- {name}: {', '.join(map(str, rows))}\n" for name, rows in lists.items())
+    return "Test rows that no extraction rule settles; they count as wrong (-1) until a person decides:\n\n" + "".join(
+        lines
     )

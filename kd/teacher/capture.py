@@ -70,6 +70,7 @@ def tokenization(tokenizer: Any) -> store.Tokenization:
 def _load(teacher: Teacher) -> backend.TransformersTeacher:
     if teacher.backend != "transformers":
         raise UserError(
-            f"teacher.backend: {teacher.backend} is not in this version yet; `backend: transformers` runs any Llama folder"
+            f"teacher.backend: {teacher.backend} is not in this version yet; "
+            "`backend: transformers` runs any Llama folder"
         )
     return backend.TransformersTeacher(teacher)

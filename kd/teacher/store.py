@@ -127,7 +127,11 @@ def write_head(folder: Path, model: ModelIdentity, head: TeacherHead) -> None:
     save_file({"norm.weight": head.norm.contiguous(), "head.weight": head.weight.contiguous()}, path)
     vocabulary_size, hidden_size = head.weight.shape
     manifest = HeadManifest(
-        model=model, hidden_size=hidden_size, vocabulary_size=vocabulary_size, norm_eps=head.eps, sha256=sha256(path)
+        model=model,
+        hidden_size=hidden_size,
+        vocabulary_size=vocabulary_size,
+        norm_eps=head.eps,
+        sha256=sha256(path),
     )
     write_json(folder / MANIFEST, manifest.model_dump())
 
@@ -166,7 +170,12 @@ class StoreWriter:
         start, stop = self._rows, self._rows + len(rows)
         self._examples.append(
             StoredExample(
-                id=example_id, token_ids=token_ids, shard=self._shards, start=start, stop=stop, sha256=_checksum(rows)
+                id=example_id,
+                token_ids=token_ids,
+                shard=self._shards,
+                start=start,
+                stop=stop,
+                sha256=_checksum(rows),
             )
         )
         self._pending.append(rows)
@@ -239,14 +248,17 @@ class TeacherStore:
             raise UserError(f"{self.folder}: holds {len(ids)} examples where the data has {len(expected)}; {again}")
         for row, (example, wanted) in enumerate(zip(found.examples, expected, strict=True), start=1):
             if example.id != wanted:
-                raise UserError(f"{self.folder} row {row}: example {example.id!r} where the data has {wanted!r}; {again}")
+                raise UserError(
+                    f"{self.folder} row {row}: example {example.id!r} where the data has {wanted!r}; {again}"
+                )
             if example.token_ids != expected[wanted]:
                 raise UserError(f"{self.folder} row {row} ({wanted}): other tokens than the data's question; {again}")
 
     def states(self, example_id: str) -> torch.Tensor:
         """The final hidden states of one example, before the norm: [tokens, hidden], float16."""
         example = self._by_id[example_id]
-        return self._shard(example.shard)[example.start : example.stop]
+        rows: torch.Tensor = self._shard(example.shard)[example.start : example.stop]
+        return rows
 
     def logits(self, example_id: str) -> torch.Tensor:
         """The teacher's logits for one example, rebuilt: [tokens, vocabulary], float32, on the head's device."""
@@ -269,7 +281,8 @@ class TeacherStore:
             states = self.states(example.id)
             if list(states.shape) != [len(example.token_ids), self.manifest.hidden_size]:
                 raise UserError(
-                    f"{self.folder} row {row} ({example.id}): {len(states)} states for {len(example.token_ids)} tokens; "
+                    f"{self.folder} row {row} ({example.id}): {len(states)} states for "
+                    f"{len(example.token_ids)} tokens; "
                     f"run `kd teacher {self.manifest.prompt.name}` again"
                 )
             if _checksum(states) != example.sha256:

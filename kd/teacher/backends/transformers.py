@@ -30,7 +30,7 @@ class TransformersTeacher:
 
         seen: list[torch.Tensor] = []
 
-        def keep(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        def keep(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             seen.append(inputs[0])
 
         hook = self._norm.register_forward_pre_hook(keep)

@@ -1,0 +1,91 @@
+"""Params: what loads, and what is refused with the key named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kd.cli import main
+from kd.config import load_config
+from kd.prompts import PROMPTS
+from kd.published import RESULTS
+
+PROFILES = Path(__file__).parent.parent / "profiles"
+
+
+@pytest.mark.parametrize("profile", ["mini", "paper"])
+def test_profiles_load_and_hold_the_six_published_experiments(profile: str) -> None:
+    config = load_config(PROFILES / f"{profile}.yaml")
+    assert config.profile == profile
+    assert list(config.experiments) == list(RESULTS)
+    assert config.prompts == list(PROMPTS)
+
+
+def test_paper_profile_states_the_published_protocol() -> None:
+    config = load_config(PROFILES / "paper.yaml")
+    distill = config.distill
+    assert (distill.temperature, distill.alpha) == (5.942267335064758, 0.6093348343631224)
+    assert (distill.learning_rate, distill.momentum, distill.weight_decay) == (5e-6, 0.9, 1e-2)
+    assert (distill.epochs, distill.cosine_steps, distill.max_tokens) == (2, 2638, 256)
+    assert (distill.lora.rank, distill.lora.alpha) == (4, 8)
+    assert {name: adapter.dropout for name, adapter in config.adapters.items() if adapter.dropout != 0.1} == {
+        "base-kd": 0.2
+    }
+    assert {name: e.max_new_tokens for name, e in config.experiments.items() if e.max_new_tokens != 350} == {
+        "no-distillation": 50
+    }
+    assert config.experiments["no-distillation"].suffix.startswith("\n Please respond with just the answer.")
+
+
+@pytest.mark.parametrize(
+    ("find", "replace", "message"),
+    [
+        ("rank: 4", "rnak: 4", "distill.lora.rnak: unknown key, expected one of rank, alpha, target_modules"),
+        ("rank: 4", "rank: four", "distill.lora.rank: expected a valid integer, found 'four'"),
+        ("seed: 1", "sede: 1", "did you mean 'seed'?"),
+        ("dropout: 0.2", "dropout: 1.2", "adapters.base-kd.dropout: expected less than 1, found 1.2"),
+        ("epochs: 2", "epochs: true", "distill.epochs: expected a valid integer, found True"),
+        ("[base,", "[bsae,", "prompts.0: unknown prompt 'bsae', expected one of base, teacher, ground-truth"),
+        ("[base,", "[teacher,", "prompts: a prompt stands twice"),
+        ("needs: teacher/base", "needs: teacher/bsae", "adapters.base-kd.needs: unknown need 'teacher/bsae'"),
+        ("needs: adapters/base-kd", "needs: base-kd", "experiments.base-kd.needs: unknown need 'base-kd'"),
+        ("source: miniature", "source: minature", "dataset.source: expected one of 'miniature', 'folder', 'hub'"),
+        ("source: miniature", "source: folder", "dataset.path: missing"),
+        (
+            "{source: bundled}",
+            "{source: hub, name: a/b, revision: main}",
+            "teacher.model.revision: String should match",
+        ),
+        ("dtype: float32", "dtype: float64", "teacher.dtype: expected 'float32', 'bfloat16' or 'float16'"),
+        ("profile: mini", "profile: ../mini", "profile: String should match"),
+        ("seed: 1", "seed: [1", "not readable as YAML"),
+        ("epochs: 2", "epochs: 2\n  epochs: 3", "duplicate key"),
+    ],
+)
+def test_unusable_params_exit_2_and_name_the_key(
+    find: str, replace: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (PROFILES / "mini.yaml").read_text()
+    assert find in text
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(find, replace, 1))
+    assert main(["prepare", "--params", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert message in error
+
+
+def test_missing_params_file_says_how_to_make_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "--params", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml: no such file; `cp profiles/mini.yaml" in capsys.readouterr().err
+
+
+def test_every_mistake_is_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "params.yaml"
+    text = (PROFILES / "mini.yaml").read_text()
+    path.write_text(text.replace("rank: 4", "rank: 0").replace("epochs: 2", "epochs: two"))
+    assert main(["prepare", "--params", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "distill.lora.rank" in error
+    assert "distill.epochs" in error

@@ -1,0 +1,67 @@
+"""Whole or absent: what a crash, a failure and a second run leave behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd.files import PARTIAL, whole_folder, write_text, write_whole_file
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_folder_appears_when_it_is_whole() -> None:
+    target = Path("artifacts/x")
+    with whole_folder(target) as work:
+        write_text(work / "a", "one")
+        assert not target.exists()
+    assert (target / "a").read_text() == "one"
+    assert not list(PARTIAL.iterdir())
+
+
+def test_failure_keeps_the_earlier_folder() -> None:
+    target = Path("artifacts/x")
+    with whole_folder(target) as work:
+        write_text(work / "a", "one")
+    with pytest.raises(RuntimeError), whole_folder(target) as work:
+        write_text(work / "a", "two")
+        raise RuntimeError("in the middle")
+    assert (target / "a").read_text() == "one"
+
+
+def test_second_run_replaces_the_whole_folder() -> None:
+    for name in ("a", "b"):
+        with whole_folder(Path("artifacts/x")) as work:
+            write_text(work / name, name)
+    assert [path.name for path in Path("artifacts/x").iterdir()] == ["b"]
+
+
+def test_sigkill_leaves_no_result_and_the_next_run_is_clean() -> None:
+    program = """if True:
+        import os, signal
+        from pathlib import Path
+        from kd.files import whole_folder, write_text
+        with whole_folder(Path("artifacts/x")) as work:
+            write_text(work / "half", "one")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert not Path("artifacts/x").exists()
+    with whole_folder(Path("artifacts/x")) as work:
+        write_text(work / "a", "two")
+    assert [path.name for path in Path("artifacts/x").iterdir()] == ["a"]
+
+
+def test_whole_file_is_replaced_in_one_move() -> None:
+    target = Path("artifacts/logs/x.csv")
+    for text in ("one\n", "two\r\n"):
+        write_whole_file(target, text)
+        assert target.read_bytes() == text.encode()
+    assert [path.name for path in target.parent.iterdir()] == ["x.csv"]
