@@ -1,0 +1,182 @@
+"""The teacher stage: its store is the teacher's distributions, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_tiny_llama
+
+from kd import models
+from kd.cli import main
+from kd.dataset import read_examples
+from kd.prompts import primed
+from kd.teacher.store import TeacherStore
+
+STORE = Path("artifacts/mini/teacher/teacher")
+MANIFEST = STORE / "manifest.json"
+SHARD = STORE / "states-00000.safetensors"
+
+
+@pytest.fixture
+def captured(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """A working folder in which the prompts `teacher` and `base` were captured; its params."""
+    write_params(tiny_params)
+    for command in (["prepare"], ["head"], ["teacher", "teacher"], ["teacher", "base"]):
+        assert main(command) == 0
+    return tiny_params
+
+
+@pytest.mark.usefixtures("captured")
+def test_rebuilt_logits_are_the_teachers_own(tiny_llama: Path) -> None:
+    store = TeacherStore(STORE)
+    model = models.load_model(tiny_llama, "float32", "cpu")
+    tokenizer = models.load_tokenizer(tiny_llama)
+    for example in read_examples(Path("artifacts/mini/data/train.jsonl")):
+        token_ids = tokenizer(primed("teacher", example.question), add_special_tokens=False)["input_ids"]
+        with torch.inference_mode():
+            expected = model(torch.tensor([token_ids])).logits[0]
+        rebuilt = store.logits(example.id)
+        assert rebuilt.shape == (len(token_ids), tokenizer.vocab_size)
+        # The state is kept as float16, eleven significant bits.
+        assert (rebuilt - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.usefixtures("captured")
+def test_manifest_says_what_the_store_is() -> None:
+    manifest = json.loads(MANIFEST.read_text())
+    assert manifest["prompt"]["text"].startswith("As a teacher, guide your student")
+    assert manifest["model"]["backend"] == "transformers"
+    assert manifest["tokenization"]["bos"] is False
+    assert [example["id"] for example in manifest["examples"]] == [f"train-{i:05d}" for i in range(1, 13)]
+
+
+@pytest.mark.usefixtures("captured")
+def test_same_bytes_twice() -> None:
+    before = {path: path.read_bytes() for path in STORE.parent.rglob("*.*")}
+    for command in (["head"], ["teacher", "teacher"], ["teacher", "base"]):
+        assert main(command) == 0
+    assert {path: path.read_bytes() for path in STORE.parent.rglob("*.*")} == before
+
+
+def edit_manifest(change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads(MANIFEST.read_text())
+    change(manifest)
+    MANIFEST.write_text(json.dumps(manifest))
+
+
+def reorder_rows() -> None:
+    def swap(manifest: dict[str, Any]) -> None:
+        rows = manifest["examples"]
+        rows[0], rows[1] = rows[1], rows[0]
+
+    edit_manifest(swap)
+
+
+def exchange_states() -> None:
+    """The manifest is right, but two examples' rows have changed places in the shard."""
+    states = load_file(SHARD)["states"]
+    save_file({"states": states.flip(0).contiguous()}, SHARD)
+
+
+def flip_a_bit() -> None:
+    data = bytearray(SHARD.read_bytes())
+    data[-1] ^= 1
+    SHARD.write_bytes(data)
+
+
+def cut_the_shard() -> None:
+    SHARD.write_bytes(SHARD.read_bytes()[:-100])
+
+
+def drop_the_last_row() -> None:
+    edit_manifest(lambda manifest: manifest["examples"].pop())
+
+
+def exchange_stores() -> None:
+    base = STORE.with_name("base")
+    base.rename(STORE.with_name("moved"))
+    STORE.rename(base)
+    STORE.with_name("moved").rename(STORE)
+
+
+def another_question() -> None:
+    path = Path("artifacts/mini/data/train.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[4]["question"] += " Really?"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def another_head() -> None:
+    path = STORE.with_name("head") / "head.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (reorder_rows, "teacher row 1: example 'train-00002' where the data has 'train-00001'"),
+        (exchange_states, "row 1 (train-00001): its states are not those that were captured"),
+        (flip_a_bit, "row 12 (train-00012): its states are not those that were captured"),
+        (cut_the_shard, "states-00000.safetensors: missing or cut short"),
+        (SHARD.unlink, "states-00000.safetensors: missing or cut short"),
+        (drop_the_last_row, "holds 11 examples where the data has 12"),
+        (exchange_stores, "captured with prompt 'base', not 'teacher'"),
+        (another_question, "row 5 (train-00005): other tokens than the data's question"),
+        (another_head, "head.safetensors: missing or not what its manifest says; run `kd head` again"),
+        (lambda: edit_manifest(lambda m: m.update(version=9)), "not a store this version reads (version:"),
+        (lambda: MANIFEST.write_text("{"), "manifest.json: the manifest of a teacher store is not readable"),
+        (MANIFEST.unlink, "manifest.json: no such file"),
+    ],
+)
+@pytest.mark.usefixtures("captured")
+def test_store_that_is_not_what_it_should_be_is_refused_before_training(
+    damage: Callable[[], None], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage()
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the student was loaded"))
+    assert main(["train", "teacher-kd"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("artifacts/mini/adapters").exists()
+
+
+def test_store_of_another_tokenizer_or_model_is_refused(
+    captured: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = {"source": "folder", "path": str(make_tiny_llama(tmp_path / "other", vocabulary=420))}
+    write_params(captured | {"student": captured["student"] | {"model": other}})
+    assert main(["train", "teacher-kd"]) == 2
+    assert "captured with another tokenizer" in capsys.readouterr().err
+    write_params(captured | {"teacher": captured["teacher"] | {"model": other}})
+    assert main(["train", "teacher-kd"]) == 2
+    error = capsys.readouterr().err
+    assert "captured from" in error
+    assert str(tmp_path / "other") in error
+
+
+def test_unknown_prompt_and_missing_data_exit_2(
+    tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_params(tiny_params)
+    assert main(["teacher", "techer"]) == 2
+    assert "techer: unknown prompt" in capsys.readouterr().err
+    assert main(["teacher", "teacher"]) == 2
+    assert "train.jsonl: no such file; run `kd prepare`" in capsys.readouterr().err
+
+
+def test_exllamav2_is_refused_with_what_works(
+    tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_params["teacher"]["backend"] = "exllamav2"
+    write_params(tiny_params)
+    assert main(["head"]) == 2
+    assert "exllamav2 is not in this version yet" in capsys.readouterr().err
