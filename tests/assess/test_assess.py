@@ -1,0 +1,162 @@
+"""Assessment: batched greedy answers, the log, and its score."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kd import models
+from kd.assess.generate import respond
+from kd.assess.score import COLUMNS, is_correct, read_score
+from kd.cli import main
+from kd.dataset import Example, read_examples
+from kd.errors import UserError
+
+LOGS = Path("artifacts/mini/logs")
+
+
+def read_log(experiment: str) -> list[dict[str, str]]:
+    with (LOGS / f"{experiment}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def prepared(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    write_params(tiny_params)
+    assert main(["prepare"]) == 0
+    return tiny_params
+
+
+def greedy(model: Any, token_ids: list[int], limit: int, end: int) -> list[int]:
+    """One row at a time, the whole sequence anew for every token."""
+    new: list[int] = []
+    with torch.inference_mode():
+        while len(new) < limit and end not in new:
+            new.append(int(model(torch.tensor([token_ids + new])).logits[0, -1].argmax()))
+    return new
+
+
+def test_batches_answer_as_one_row_at_a_time_does(tiny_llama: Path) -> None:
+    model = models.load_model(tiny_llama, "float32", "cpu")
+    tokenizer = models.load_tokenizer(tiny_llama)
+    prompts = ["Tom has 3 apples.", "Why?", "A box holds 6 pens. Maria buys 3 boxes. How many?", "", "Ada </s> walks."]
+    expected = [
+        greedy(model, models.encode(tokenizer, prompt, bos=True), 12, tokenizer.eos_token_id) for prompt in prompts
+    ]
+    for batch_rows in (1, 2, 5):
+        responses = respond(model, tokenizer, prompts, 12, batch_rows, "test")
+        for response, ids in zip(responses, expected, strict=True):
+            assert response.text == tokenizer.decode(ids, skip_special_tokens=True)
+            assert response.tokens == len(ids)
+            assert response.reached_limit == (tokenizer.eos_token_id not in ids)
+
+
+def test_end_token_ends_a_row_and_is_counted(tiny_llama: Path) -> None:
+    model = models.load_model(tiny_llama, "float32", "cpu")
+    tokenizer = models.load_tokenizer(tiny_llama)
+    second = respond(model, tokenizer, ["Tom"], 2, 1, "test")[0]
+    [_, end] = greedy(model, models.encode(tokenizer, "Tom", bos=True), 2, -1)
+    assert second.reached_limit
+    model.generation_config.eos_token_id = end
+    stopped = respond(model, tokenizer, ["Tom", "Why is it so?"], 9, 2, "test")[0]
+    assert stopped.tokens == 2
+    assert not stopped.reached_limit
+
+
+def test_log_has_the_originals_columns_and_ours(prepared: dict[str, Any]) -> None:
+    assert main(["assess", "no-distillation"]) == 0
+    rows = read_log("no-distillation")
+    examples = read_examples(Path("artifacts/mini/data/test.jsonl"))
+    assert list(rows[0]) == list(COLUMNS)
+    assert [row["question"] for row in rows] == [example.question for example in examples]
+    suffix = prepared["experiments"]["no-distillation"]["suffix"]
+    for row, example in zip(rows, examples, strict=True):
+        assert row["answer"] == example.answer
+        assert row["model_answer"].startswith(example.question + suffix)
+        assert 1 <= int(row["model_output_tokens"]) <= 6
+        assert (row["model_max_tokens"] == "True") <= (row["model_output_tokens"] == "6")
+        assert (row["rule"] == "undecided") == (row["extracted_answer"] == "-1" and row["correct"] == "False")
+
+
+@pytest.mark.usefixtures("prepared")
+def test_the_prompt_itself_is_never_read_as_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("kd.assess.score.extract", lambda text: seen.append(text) or _undecided())
+    assert main(["assess", "no-distillation"]) == 0
+    assert len(seen) == 6
+    assert not any("The answer is:" in text for text in seen)
+
+
+def _undecided() -> Any:
+    from kd.assess.extract import Extraction
+
+    return Extraction(None, "undecided")
+
+
+@pytest.mark.usefixtures("prepared")
+def test_same_bytes_twice() -> None:
+    assert main(["assess", "no-distillation"]) == 0
+    before = (LOGS / "no-distillation.csv").read_bytes()
+    assert main(["assess", "no-distillation"]) == 0
+    assert (LOGS / "no-distillation.csv").read_bytes() == before
+
+
+@pytest.mark.usefixtures("prepared")
+def test_adapter_changes_the_answers_and_must_fit_the_student(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["assess", "fine-tuning"]) == 2
+    assert "adapters/fine-tuning/adapter_config.json: no such file" in capsys.readouterr().err
+    assert main(["train", "fine-tuning"]) == 0
+    assert main(["assess", "fine-tuning"]) == 0
+    model, tokenizer = models.load_model(tiny_llama, "float32", "cpu"), models.load_tokenizer(tiny_llama)
+    rows = read_log("fine-tuning")
+    bare = respond(model, tokenizer, [row["question"] for row in rows], 6, 6, "test")
+    assert [row["model_answer"] for row in rows] != [
+        row["question"] + r.text for row, r in zip(rows, bare, strict=True)
+    ]
+
+    config = Path("artifacts/mini/adapters/fine-tuning/adapter_config.json")
+    config.write_text(config.read_text().replace(str(tiny_llama), "some/other-model"))
+    assert main(["assess", "fine-tuning"]) == 2
+    assert "an adapter for some/other-model, not for the student" in capsys.readouterr().err
+
+
+def write_log(path: Path, rows: list[tuple[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="x")
+        writer.writeheader()
+        writer.writerows({"rule": rule, "correct": correct} for rule, correct in rows)
+    return path
+
+
+def test_score_counts_and_lists_the_undecided(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "x.csv", [("boxed", "True"), ("undecided", "False"), ("last-number", "False")])
+    score = read_score(log, 3)
+    assert (score.correct, score.rows, score.undecided) == (1, 3, [2])
+
+
+def test_unusable_logs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"x\.csv: no such file; run `kd assess x`"):
+        read_score(tmp_path / "x.csv", 3)
+    log = write_log(tmp_path / "x.csv", [("boxed", "True")])
+    with pytest.raises(UserError, match="1 rows where the test set has 3"):
+        read_score(log, 3)
+    log.write_text(log.read_text().replace("correct", "right"))
+    with pytest.raises(UserError, match="no column 'correct'"):
+        read_score(log, 1)
+
+
+@given(st.integers(-(10**9), 10**9))
+def test_correct_means_the_same_number(number: int) -> None:
+    example = Example("test-00001", "?", f"so\n#### {number:,}", "")
+    assert is_correct(str(number), example)
+    assert not is_correct(str(number + 1), example)
+    assert not is_correct(None, example)

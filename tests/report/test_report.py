@@ -1,0 +1,102 @@
+"""The report: its numbers, its table, its chart."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kd.assess.score import COLUMNS
+from kd.cli import main
+from kd.report.statistics import wilson_interval
+
+REPORT = Path("artifacts/mini/report")
+
+
+@pytest.fixture
+def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Six rows a log: experiment number i has i right and one row that no rule settles."""
+    write_params(tiny_params)
+    folder = Path("artifacts/mini/logs")
+    folder.mkdir(parents=True)
+    for right, experiment in enumerate(tiny_params["experiments"]):
+        with (folder / f"{experiment}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="x")
+            writer.writeheader()
+            for i in range(6):
+                writer.writerow({"correct": i < right, "rule": "undecided" if i == 5 else "boxed"})
+    return tiny_params
+
+
+@pytest.mark.usefixtures("logs")
+def test_results_hold_counts_intervals_and_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results == json.loads((REPORT / "results.json").read_text())
+    assert list(results["experiments"]) == [
+        "no-distillation",
+        "fine-tuning",
+        "base-kd",
+        "confidence-kd",
+        "teacher-kd",
+        "ground-truth-kd",
+    ]
+    row = results["experiments"]["confidence-kd"]
+    assert (row["correct"], row["rows"], row["accuracy"], row["undecided"]) == (3, 6, 0.5, [6])
+    assert row["published_accuracy"] == 0.3404
+    assert row["interval"] == pytest.approx([0.1876, 0.8124], abs=1e-4)
+
+
+@pytest.mark.usefixtures("logs")
+def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["Experiment", "Accuracy", "95", "%", "interval", "Correct", "Undecided", "Published"]
+    assert printed[-1].split() == ["ground-truth-kd", "83.33%", "43.6%", "to", "97.0%", "5/6", "1", "48.14%"]
+    text = (REPORT / "results.md").read_text()
+    assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | 1 | 48.14% |" in text
+    assert "- base-kd: 6" in text
+    assert (REPORT / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("logs")
+def test_same_bytes_twice() -> None:
+    assert main(["report"]) == 0
+    before = {path.name: path.read_bytes() for path in REPORT.iterdir()}
+    assert main(["report"]) == 0
+    assert {path.name: path.read_bytes() for path in REPORT.iterdir()} == before
+
+
+def test_an_experiment_of_ones_own_is_marked(
+    logs: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs["experiments"] = {"my-own": logs["experiments"]["base-kd"]}
+    write_params(logs)
+    Path("artifacts/mini/logs/base-kd.csv").rename("artifacts/mini/logs/my-own.csv")
+    assert main(["report"]) == 0
+    assert "not in the paper" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("logs")
+def test_a_missing_log_says_which_command_makes_it(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("artifacts/mini/logs/teacher-kd.csv").unlink()
+    assert main(["report"]) == 2
+    assert "run `kd assess teacher-kd`" in capsys.readouterr().err
+
+
+@given(st.integers(1, 2000).flatmap(lambda rows: st.tuples(st.integers(0, rows), st.just(rows))))
+def test_wilson_interval_is_its_formula(counts: tuple[int, int]) -> None:
+    correct, rows = counts
+    z, share = 1.959963984540054, correct / rows
+    middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
+    arm = z / (1 + z**2 / rows) * math.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
+    low, high = wilson_interval(correct, rows)
+    assert (low, high) == (pytest.approx(middle - arm, abs=1e-9), pytest.approx(middle + arm, abs=1e-9))
+    assert 0 <= low <= high <= 1

@@ -1,0 +1,128 @@
+"""The whole pipeline through real `dvc repro`, on a tiny random Llama, in a fresh clone's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+REPOSITORY = Path(__file__).parent.parent
+FILES = ("kd", "profiles", "dvc.yaml", ".dvcignore", ".gitignore")
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def repro(folder: Path, *arguments: str) -> str:
+    done = run(folder, "dvc", "repro", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def write_params(folder: Path, params: dict[str, Any]) -> None:
+    with (folder / "params.yaml").open("w") as file:
+        YAML().dump(params, file)
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """Every output's path and content hash, as dvc.lock records them."""
+    lock = YAML(typ="safe").load(folder / "dvc.lock")
+    return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The project's files in a new Git and DVC repository, with the tiny Llama in params.yaml."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in FILES:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    shutil.copytree(REPOSITORY / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+    params = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
+    params["dataset"] |= {"train_rows": 8, "test_rows": 4}
+    params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": str(tiny_llama)}
+    params["distill"] |= {"cosine_steps": 8, "learning_rate": 0.05}
+    for experiment in params["experiments"].values():
+        experiment["max_new_tokens"] = 4
+    write_params(folder, params)
+    for command in (
+        ("git", "init", "--quiet"),
+        ("git", "add", "--all"),
+        ("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "--message", "start"),
+    ):
+        assert run(folder, *command).returncode == 0
+    return folder
+
+
+def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path) -> None:
+    table = repro(clone)
+    assert "ground-truth-kd" in table
+    results = json.loads((clone / "artifacts/mini/report/results.json").read_text())
+    assert len(results["experiments"]) == 6
+    assert all(result["rows"] == 4 for result in results["experiments"].values())
+    first = outputs(clone)
+    assert len(first) == 18  # data, head, 4 teachers, 5 adapters, 6 logs, report
+
+    assert "up to date" in repro(clone)
+
+    shutil.rmtree(clone / "artifacts")
+    restored = repro(clone)
+    assert "Running stage" not in restored
+    assert (clone / "artifacts/mini/report/accuracy.png").exists()
+
+    repro(clone, "--force", "--single-item", "teacher@teacher", "train@teacher-kd", "assess@teacher-kd", "report")
+    assert outputs(clone) == first
+    assert not any((clone / ".partial").iterdir())
+
+
+def test_a_change_reruns_only_what_it_reaches(clone: Path) -> None:
+    repro(clone)
+    params = YAML(typ="safe").load(clone / "params.yaml")
+    params["adapters"]["teacher-kd"]["dropout"] = 0.3
+    write_params(clone, params)
+    done = repro(clone)
+    ran = {line.split("'")[1] for line in done.splitlines() if line.startswith("Running stage")}
+    assert ran == {"train@teacher-kd", "assess@teacher-kd", "report"}
+
+
+@pytest.mark.parametrize("stage", ["train@base-kd", "teacher@base"])
+def test_a_killed_stage_leaves_no_result_and_runs_again(clone: Path, stage: str) -> None:
+    repro(clone)
+    expected = outputs(clone)
+    folder = {"train@base-kd": "adapters/base-kd", "teacher@base": "teacher/base"}[stage]
+    md5 = expected[f"artifacts/mini/{folder}"]
+    (clone / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()  # or DVC restores the result instead of running
+    work = clone / ".partial" / f"mini-{folder.replace('/', '-')}"
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        ["dvc", "repro", "--single-item", "--force", stage],
+        cwd=clone,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not work.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert work.exists()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (clone / "artifacts/mini" / folder).exists()
+    repro(clone, "--single-item", stage)
+    assert outputs(clone) == expected
+    assert not work.exists()
