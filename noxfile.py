@@ -22,9 +22,9 @@ def environment(session: nox.Session) -> None:
     """Bring the shared environment to the lock file (a second where nothing changed) and enter it."""
     if not (ENVIRONMENT / "pyvenv.cfg").exists():
         session.run("uv", "venv", "--quiet", "--python", "3.11", str(ENVIRONMENT))
-    session.env["VIRTUAL_ENV"] = str(ENVIRONMENT)
-    session.env["PYTHONDONTWRITEBYTECODE"] = ""  # without bytecode every stage compiles torch's sources anew
-    session.env["PATH"] = f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    os.environ["VIRTUAL_ENV"] = str(ENVIRONMENT)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # without bytecode every stage compiles torch's sources anew
+    os.environ["PATH"] = f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"  # nox looks programs up here
     install = ("uv", "pip", "install", "--quiet", "--no-deps")
     session.run(*install, "--require-hashes", "--requirement", LOCK)
     session.run(*install, "--no-build-isolation", "--editable", ".")
