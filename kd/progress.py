@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -17,6 +18,9 @@ def progress(items: Iterable[T], what: str, unit: str, total: int | None = None)
     return tqdm(items, desc=what, unit=unit, total=total, mininterval=0.2 if live else 10, dynamic_ncols=live)
 
 
-def say(message: str) -> None:
-    """A plain message to the person at the terminal; stdout stays for results."""
-    print(message, file=sys.stderr)
+def show_state(bar: tqdm[Any], text: str) -> None:
+    """Put `text` behind the bar, redrawn no more often than the bar's own steps would be."""
+    bar.set_postfix_str(text, refresh=False)
+    if time.time() - bar.last_print_t >= bar.mininterval:
+        bar.refresh()
+        bar.last_print_t = time.time()

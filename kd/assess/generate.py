@@ -9,7 +9,7 @@ from kd import models
 from kd.distill.alignment import student_token_ids
 from kd.errors import UserError
 from kd.files import read_json
-from kd.progress import progress
+from kd.progress import progress, show_state
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +64,7 @@ def _batch(
 
     def show_step(ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         """Called after each token; never stops a row, but says where a long batch stands."""
-        bar.set_postfix_str(f"token {ids.shape[1] - input_ids.shape[1]} of {max_new_tokens}")
+        show_state(bar, f"token {ids.shape[1] - input_ids.shape[1]} of {max_new_tokens}")
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     ends = student.generation_config.eos_token_id
