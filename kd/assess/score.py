@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd import models
-from kd.assess.extract import UNDECIDED, canonical, extract
+from kd.assess.extract import extract
 from kd.assess.generate import load_student, respond
+from kd.assess.rules.number import canonical
+from kd.assess.rules.rule import UNDECIDED
 from kd.config import Config
 from kd.dataset import Example, final_answer, read_examples
 from kd.errors import UserError
@@ -62,8 +64,8 @@ def assess(config: Config, experiment: str) -> None:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for example, prompt, response in zip(examples, prompts, responses, strict=True):
-        found = extract(response.text)
+    extractions = extract(response.text for response in responses)
+    for example, prompt, response, found in zip(examples, prompts, responses, extractions, strict=True):
         writer.writerow(
             [
                 example.question,

@@ -1,0 +1,55 @@
+"""What a rule and a rule set are.
+
+A rule reads one response and finds a number or nothing. A rule set reads the responses of a log in their order and
+says for each what its answer is and which rule took it; most are rules in order of precedence (`in_order`), but the
+notebook's carries state from row to row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A number a rule took, in canonical spelling ("70000", "-3.5"), and where it stands: response[start:stop]."""
+
+    answer: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A response's answer in canonical spelling, the rule that took it and where it stands; None where undecided."""
+
+    answer: str | None
+    rule: str
+    span: tuple[int, int] | None
+
+
+Rule = Callable[[str], Found | None]
+RuleSet = Callable[[Iterable[str]], Iterator[Extraction]]
+
+NOTHING = Extraction(None, UNDECIDED, None)
+
+
+def in_order(rules: dict[str, Rule]) -> RuleSet:
+    """The rule set that tries `rules` in order; the first that finds a number names the answer."""
+
+    def rule_set(responses: Iterable[str]) -> Iterator[Extraction]:
+        for response in responses:
+            yield _first(rules, response)
+
+    return rule_set
+
+
+def _first(rules: dict[str, Rule], response: str) -> Extraction:
+    for name, rule in rules.items():
+        found = rule(response)
+        if found is not None:
+            return Extraction(found.answer, name, (found.start, found.stop))
+    return NOTHING
