@@ -100,6 +100,7 @@ HOSTILE = {
     "thousands": "1" + ",000" * 2**18,
     "fractions": "1." * 2**19,
     "boxes": r"\boxed{" * 2**17,
+    "boxes without a number": r"\boxed{1x}" * 2**17,
     "boxed digits": r"\boxed{" + "1" * 2**20,
     "boxed spaces": r"\boxed{" + " " * 2**20,
     "boxed number and spaces": (r"\boxed{1" + " " * 1000) * 2**10,

@@ -8,40 +8,45 @@ from __future__ import annotations
 
 import re
 
-from kd.assess.rules.number import DIGITS, NUMBER, SIGN, found
+from kd.assess.rules.number import first_number, last_number, numbers
 from kd.assess.rules.rule import Found, Rule, in_order
 
-_BOXED = re.compile(rf"\\boxed\{{\s*+({SIGN})(?:\\?\$\s*+)?({DIGITS})\s*+(?:\\?%\s*+)?\}}")
-_ANSWER_IS = re.compile(r"\bthe (?:final |correct )?answer is", re.IGNORECASE)
+_BOXED = re.compile(r"\\boxed\{([^{}]*+)\}")
+_FILLING = re.compile(r"[\s\\$%]*+")  # what may stand around the number in a box
+_ANSWER_IS = re.compile(r"\bthe (?:final |correct )?answer is", re.IGNORECASE | re.ASCII)
 
 
 def first_boxed(response: str) -> Found | None:
     """The first \\boxed{} that holds a number and nothing else."""
-    match = _BOXED.search(response)
-    return found(match) if match else None
+    for box in _BOXED.finditer(response):
+        number = next(numbers(response, *box.span(1)), None)
+        if (
+            number
+            and _FILLING.fullmatch(response, box.start(1), number.start)
+            and _FILLING.fullmatch(response, number.stop, box.end(1))
+        ):
+            return number
+    return None
 
 
 def first_line(response: str) -> Found | None:
     """The number on the first line, if it is the only one there, however often."""
     start = len(response) - len(response.lstrip())
-    end = response.find("\n", start)
-    numbers = [found(match) for match in NUMBER.finditer(response, start, end if end >= 0 else len(response))]
-    return numbers[0] if len({number.answer for number in numbers}) == 1 else None
+    stop = response.find("\n", start)
+    first = None
+    for number in numbers(response, start, len(response) if stop < 0 else stop):
+        first = first or number
+        if number.answer != first.answer:
+            return None
+    return first
 
 
 def answer_is(response: str) -> Found | None:
     """The first number after the first "the answer is"."""
+    if "answer is" not in response.lower():  # far quicker than the search, and most responses end here
+        return None
     phrase = _ANSWER_IS.search(response)
-    match = NUMBER.search(response, phrase.end()) if phrase else None
-    return found(match) if match else None
-
-
-def last_number(response: str) -> Found | None:
-    """The number nearest the end."""
-    last = None
-    for last in NUMBER.finditer(response):  # noqa: B007
-        pass
-    return found(last) if last else None
+    return first_number(response, phrase.end()) if phrase else None
 
 
 RULES: dict[str, Rule] = {
