@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kd.errors import UserError
+from kd.assess.extract import RULE_SETS
+from kd.errors import UserError, WorkFailedError
 
 if TYPE_CHECKING:
     from kd.config import Config
@@ -24,6 +26,10 @@ The stages in order, as `dvc repro` runs them:
   kd report                  the paper's table
 
 What runs is params.yaml; results lie under artifacts/<profile>/. `cp profiles/paper.yaml params.yaml` switches.
+Beside them:
+  kd extract log.csv --column model_answer --rules robust
+  kd data fetch && kd audit  the paper's own logs, scored again
+
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
 """
 
@@ -32,13 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the process's exit status."""
     options = _parser().parse_args(arguments)
     try:
-        from kd.config import load_config
-
-        options.run(load_config(options.params), options)
+        options.run(options)
     except UserError as error:
         print(f"kd: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except BrokenPipeError:  # `kd audit | head`: nobody reads on, which is no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (WorkFailedError, OSError) as error:
         print(f"kd: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -55,24 +62,74 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_stages(commands)
+    _add_extract(commands)
+    _add_audit(commands)
+    _add_data(commands)
+    return parser
 
-    def command(name: str, run: Callable[[Config, argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+
+def _add_stages(commands: Any) -> None:
+    def stage(name: str, run: Callable[[Config, argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        def with_config(options: argparse.Namespace) -> None:
+            from kd.config import load_config
+
+            run(load_config(options.params), options)
+
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="the experiment (params.yaml)")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=with_config)
         return sub
 
-    command("prepare", _prepare, "write the training and test rows to artifacts/<profile>/data")
-    command("head", _head, "keep the teacher's final norm and output head, once for all prompts")
-    teacher = command("teacher", _teacher, "capture the teacher's states behind one prompt")
+    stage("prepare", _prepare, "write the training and test rows to artifacts/<profile>/data")
+    stage("head", _head, "keep the teacher's final norm and output head, once for all prompts")
+    teacher = stage("teacher", _teacher, "capture the teacher's states behind one prompt")
     teacher.add_argument("prompt", metavar="PROMPT", help="base, teacher, ground-truth or confidence")
-    train = command("train", _train, "train one student's adapter")
+    train = stage("train", _train, "train one student's adapter")
     train.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters`, such as teacher-kd")
-    assess = command("assess", _assess, "let one student answer the test questions")
+    assess = stage("assess", _assess, "let one student answer the test questions")
     assess.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as no-distillation")
-    report = command("report", _report, "score every log, write the report and print the table")
+    report = stage("report", _report, "score every log, write the report and print the table")
     report.add_argument("--json", action="store_true", help="print results.json instead of the table")
-    return parser
+
+
+def _add_extract(commands: Any) -> None:
+    text = "take the answer from each response in a CSV or JSON lines file"
+    sub = commands.add_parser(
+        "extract",
+        help=text,
+        description=f"{text}. Prints row, answer and rule as tab-separated values; no answer means that no rule of "
+        "the set finds one. docs/extraction.md describes the rule sets.",
+    )
+    sub.add_argument("file", metavar="FILE", type=Path, help="a .csv, .jsonl or .ndjson file")
+    sub.add_argument("--column", metavar="NAME", required=True, help="the column or key that holds the responses")
+    sub.add_argument("--rules", choices=RULE_SETS, default="documented", help="the rule set (documented)")
+    sub.add_argument(
+        "--prompt-column",
+        metavar="NAME",
+        help="take this column's text off the front of each response, and white space off both ends",
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON list of {row, answer, rule}")
+    sub.set_defaults(run=_extract)
+
+
+def _add_audit(commands: Any) -> None:
+    text = "score the paper's own assessment logs again"
+    sub = commands.add_parser("audit", help=text, description=f"{text} (`kd data fetch` brings them)")
+    sub.add_argument("--data", metavar="DIR", type=Path, default=Path("data/published"), help="data/published")
+    sub.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
+    sub.add_argument("--output", metavar="DIR", type=Path, help="also write audit.json and audit.txt to this folder")
+    sub.set_defaults(run=_audit)
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="the paper's published files").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    text = "bring the paper's assessment logs to data/published, checksums verified"
+    sub = data.add_parser("fetch", help=text, description=text)
+    sub.add_argument("--source", metavar="URL", help="a mirror of the original's assessment/logs folder")
+    sub.set_defaults(run=_fetch)
 
 
 def _prepare(config: Config, _: argparse.Namespace) -> None:
@@ -118,7 +175,42 @@ def _report(config: Config, options: argparse.Namespace) -> None:
     from kd.report.tables import report, table
 
     results = report(config)
-    print(json.dumps(results, indent=1) if options.json else table(results), end="\n" if options.json else "")
+    _print(json.dumps(results, indent=1) if options.json else table(results))
+
+
+def _extract(options: argparse.Namespace) -> None:
+    from kd.assess.extract import extract, read_responses
+
+    responses = read_responses(options.file, options.column, options.prompt_column)
+    rows = [
+        {"row": row, "answer": found.answer, "rule": found.rule}
+        for row, found in enumerate(extract(responses, options.rules), start=1)
+    ]
+    if options.json:
+        _print(json.dumps(rows, indent=1))
+    else:
+        _print("row\tanswer\trule\n" + "".join(f"{r['row']}\t{r['answer'] or ''}\t{r['rule']}\n" for r in rows))
+
+
+def _audit(options: argparse.Namespace) -> None:
+    from kd.audit import audit, text, write_audit
+
+    document = audit(options.data)
+    if options.output:
+        write_audit(document, options.output)
+    _print(json.dumps(document, indent=1) if options.json else text(document))
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from kd.published import DATA, SOURCE, fetch
+
+    fetched = fetch(source=options.source or SOURCE)
+    print(f"{DATA}: {', '.join(fetched) + ' fetched' if fetched else 'all files are there'}", file=sys.stderr)
+
+
+def _print(document: str) -> None:
+    """To stdout, with one line end behind it."""
+    print(document.rstrip("\n"), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kd import config, miniature
 from kd.errors import UserError
-from kd.files import whole_folder, write_text
+from kd.files import json_lines, whole_folder, write_text
 
 _FINAL_ANSWER = re.compile(r"#### *(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
 
@@ -56,7 +56,7 @@ def read_examples(path: Path) -> list[Example]:
     """The rows of a prepared `train.jsonl` or `test.jsonl`, in order."""
     if not path.exists():
         raise UserError(f"{path}: no such file; run `kd prepare`")
-    return [_example(path, line, row) for line, row in _json_lines(path)]
+    return [_example(path, line, row) for line, row in json_lines(path)]
 
 
 def _load(dataset: config.Dataset, seed: int) -> dict[str, list[Example]]:
@@ -127,7 +127,7 @@ def _number(split: str, rows: Iterable[tuple[str, str, str]]) -> list[Example]:
 
 
 def _gsm8k_lines(path: Path) -> Iterator[tuple[str, str]]:
-    for line, row in _json_lines(path):
+    for line, row in json_lines(path):
         yield _checked(f"{path} line {line}", row)
 
 
@@ -141,26 +141,6 @@ def _checked(where: str, row: object) -> tuple[str, str]:
     if final_answer(row["answer"]) is None:
         raise UserError(f"{where}: the answer does not end in `#### ` and a number; mend or remove the row")
     return row["question"], row["answer"]
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """Line numbers (from 1) and values of a JSON lines file; blank lines are passed over."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _parse(path, number, line)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def _parse(path: Path, number: int, line: str) -> object:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path} line {number}: not JSON ({error}); mend or remove the line") from None
 
 
 def _example(path: Path, line: int, row: object) -> Example:

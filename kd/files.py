@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,15 +40,25 @@ def whole_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
     _remove(replaced)
 
 
-def write_whole_file(target: Path, text: str) -> None:
-    """Write UTF-8 text with its own line ends so that `target` holds all of it or what it held before."""
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yield the path of a file to write; it takes `target`'s place when the block ends without an error."""
     work = _partial(target)
     work.parent.mkdir(parents=True, exist_ok=True)
-    write_text(work, text)
-    _sync(work)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work.replace(target)
+    try:
+        yield work
+        _sync(work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.replace(target)
+    finally:
+        work.unlink(missing_ok=True)
     _sync(target.parent)
+
+
+def write_whole_file(target: Path, text: str) -> None:
+    """Write UTF-8 text with its own line ends so that `target` holds all of it or what it held before."""
+    with whole_file(target) as work:
+        write_text(work, text)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,6 +79,43 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{path}: no such file; it should hold {what}") from None
     except ValueError as error:
         raise UserError(f"{path}: {what} is not readable ({error}); make it again") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    """Line numbers (from 1) and values of a JSON lines file; blank lines are passed over."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _parse_line(path, number, line)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a UTF-8 CSV file, which must have `columns`; a UserError names the file and the row at fault."""
+    csv.field_size_limit(sys.maxsize)  # a response may be longer than the default 128 KiB
+    rows: list[dict[str, str]] = []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for column in columns:
+                if column not in (reader.fieldnames or []):
+                    found = ", ".join(reader.fieldnames or []) or "nothing"
+                    raise UserError(f"{path}: no column {column!r}; its first line names {found}")
+            for number, row in enumerate(reader, start=1):
+                if None in row or None in row.values():
+                    raise UserError(f"{path} row {number}: not as many cells as the first line names; mend the row")
+                rows.append(row)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}), somewhere behind row {len(rows)}") from None
+    except csv.Error as error:
+        raise UserError(f"{path} row {len(rows) + 1}: not readable as CSV ({error}); mend the row") from None
+    return rows
 
 
 def sha256(path: Path) -> str:
@@ -96,3 +145,10 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _parse_line(path: Path, number: int, line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} line {number}: not JSON ({error}); mend or remove the line") from None

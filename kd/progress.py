@@ -12,10 +12,11 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], what: str, unit: str, total: int | None = None) -> tqdm[T]:
-    """Iterate with rate and time left; `update` and `set_postfix_str` as on any tqdm bar."""
+def progress(items: Iterable[T], what: str, unit: str, total: int | None = None, *, scale: bool = False) -> tqdm[T]:
+    """Iterate with rate and time left, or `update` by hand; `scale` counts in k, M, G."""
     live = sys.stderr.isatty()
-    return tqdm(items, desc=what, unit=unit, total=total, mininterval=0.2 if live else 10, dynamic_ncols=live)
+    interval = 0.2 if live else 10
+    return tqdm(items, desc=what, unit=unit, total=total, mininterval=interval, dynamic_ncols=live, unit_scale=scale)
 
 
 def show_state(bar: tqdm[Any], text: str) -> None:

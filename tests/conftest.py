@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 from tiny import make_tiny_llama
+
+from kd.published import SHA256, is_published
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -39,3 +45,28 @@ def write_params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[d
         YAML().dump(params, Path("params.yaml"))
 
     return write
+
+
+@pytest.fixture(scope="session")
+def published_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The paper's own logs: data/published where fetched, else from the DVC remote beside a checkout."""
+    here = REPOSITORY / "data" / "published"
+    if all(is_published(here / name) for name in SHA256):
+        return here
+    remote = REPOSITORY.parent / "shared" / "dvc"
+    if not remote.exists():
+        pytest.skip("the published logs are not here; `kd data fetch` brings them")
+    folder = tmp_path_factory.mktemp("published")
+    shutil.copy(REPOSITORY / "data.dvc", folder)
+    for command in (
+        "dvc init --quiet --no-scm",
+        f"dvc remote add --quiet shared {remote}",
+        "dvc pull --quiet -r shared data.dvc",
+    ):
+        subprocess.run(command.split(), cwd=folder, env=environment(), check=True)
+    return folder / "data" / "published"
+
+
+def environment() -> dict[str, str]:
+    """The environment of a command run by a test: the programs installed beside this Python come first."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

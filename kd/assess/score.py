@@ -15,7 +15,7 @@ from kd.assess.rules.rule import UNDECIDED
 from kd.config import Config
 from kd.dataset import Example, final_answer, read_examples
 from kd.errors import UserError
-from kd.files import write_whole_file
+from kd.files import read_table, write_whole_file
 
 COLUMNS = (
     "question",
@@ -90,14 +90,9 @@ def is_correct(answer: str | None, example: Example) -> bool:
 
 def read_score(path: Path, rows: int) -> Score:
     """The score of a log, which must have `rows` rows."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            table = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `kd assess {path.stem}`") from None
-    missing = [column for column in COLUMNS if table and column not in table[0]]
-    if missing:
-        raise UserError(f"{path}: no column {missing[0]!r}; run `kd assess {path.stem}` again")
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run `kd assess {path.stem}`")
+    table = read_table(path, COLUMNS)
     if len(table) != rows:
         raise UserError(f"{path}: {len(table)} rows where the test set has {rows}; run `kd assess {path.stem}` again")
     return Score(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -41,8 +42,12 @@ def collect(config: Config) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The table for a terminal, columns aligned."""
-    rows = _rows(results)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    return aligned(_rows(results))
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows for a terminal, the first as the header, columns aligned."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines) + "\n"
