@@ -10,6 +10,7 @@ from kd.assess.rules import harness
 from kd.assess.rules.documented import documented
 from kd.assess.rules.math_verify import math_verify
 from kd.assess.rules.notebook import notebook
+from kd.assess.rules.robust import robust
 from kd.assess.rules.rule import Extraction, RuleSet
 from kd.errors import UserError
 from kd.files import json_lines, read_table
@@ -17,7 +18,7 @@ from kd.files import json_lines, read_table
 RULE_SETS: dict[str, RuleSet] = {
     "documented": documented,
     "notebook": notebook,
-    "robust": documented,
+    "robust": robust,
     "lm-eval-strict": harness.strict,
     "lm-eval-flexible": harness.flexible,
     "math-verify": math_verify,

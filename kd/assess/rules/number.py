@@ -7,18 +7,23 @@ from collections.abc import Iterator
 
 from kd.assess.rules.rule import Found
 
+_SEPARATORS = re.compile(r"[^0-9.]")
 MINUS = "-\u2212"  # hyphen and minus sign
 # Starts with a plain class, which the regex engine can search for quickly; what stands before it is read by `_found`.
-_DIGITS = re.compile(r"[0-9][0-9]*+(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?")
+PLAIN = re.compile(r"[0-9][0-9]*+(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?")
+# The same with LaTeX's thousands separators as well: "70{,}000", "70\,000", and a thin or no-break space.
+LATEX = re.compile(r"[0-9][0-9]*+(?:(?:,|\{,\}|\\[,;:! ]|[\u00a0\u2009\u202f])[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?")
 
 
-def numbers(response: str, start: int = 0, stop: int | None = None) -> Iterator[Found]:
+def numbers(
+    response: str, start: int = 0, stop: int | None = None, spelling: re.Pattern[str] = PLAIN
+) -> Iterator[Found]:
     """Every number in response[start:stop], from left to right.
 
     Digits with thousands separators and a decimal part ("1,234.50", ".5"), a dollar sign before them, and a sign
     where nothing is subtracted from: "= -5" is negative, "16-3" is not.
     """
-    for match in _DIGITS.finditer(response, start, len(response) if stop is None else stop):
+    for match in spelling.finditer(response, start, len(response) if stop is None else stop):
         yield _found(response, start, match)
 
 
@@ -42,7 +47,7 @@ def last_number(response: str) -> Found | None:
 
 def canonical(sign: str, digits: str) -> str:
     """One spelling per number: no separators, no leading or trailing zeros, no sign of zero."""
-    whole, _, fraction = digits.replace(",", "").partition(".")
+    whole, _, fraction = _SEPARATORS.sub("", digits).partition(".")
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
     number = f"{whole}.{fraction}" if fraction else whole
     return f"-{number}" if sign and number != "0" else number
