@@ -123,6 +123,6 @@ HOSTILE = {
 @pytest.mark.parametrize("rules", [name for name in RULE_SETS if name != "math-verify"])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_megabyte_of_anything_takes_linear_time(name: str, rules: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     one(HOSTILE[name], rules)
-    assert time.perf_counter() - start < 5  # quadratic time would be hours
+    assert time.process_time() - start < 10  # quadratic time would be hours

@@ -42,6 +42,7 @@ _LABEL = re.compile(
     r"\b(?:steps?|solution|question|problem|part|method|example|case|scenario|option|hint|exercise|statements?)[\s#]*+\Z",
     re.IGNORECASE,
 )
+_BEFORE_LABELLED = re.compile(r"[^\W\d]|[\s#]")  # spares most numbers the search above
 _ITEM = re.compile(r"[.):](?:\s*+[^\W\d]|\s++[$\\(*])")
 _FRACTION = re.compile(
     r"([0-9]{0,12})\s?\\[dt]?frac\s?\{([0-9]{1,12})\}\s?\{([0-9]{1,12})\}"
@@ -133,11 +134,12 @@ def _values(response: str, start: int, stop: int) -> Iterator[Found]:
 def _is_label(response: str, number: Found) -> bool:
     """Whether a number counts a step ("Step 3") or an item of a list ("3. …" on a line's start)."""
     before = response[max(0, number.start - 16) : number.start]
-    if _LABEL.search(before):
+    if _BEFORE_LABELLED.match(before[-1:]) and _LABEL.search(before):
         return True
-    line = before.rpartition("\n")
-    starts_line = (line[1] or number.start <= 16) and not line[2].strip(" \t#*>-(")
-    return bool(starts_line and number.stop - number.start <= 2 and _ITEM.match(response, number.stop))
+    if number.stop - number.start > 2 or not _ITEM.match(response, number.stop):
+        return False
+    _, line_end, indent = before.rpartition("\n")
+    return bool(line_end or number.start <= 16) and not indent.strip(" \t#*>-(")
 
 
 def _clause_end(response: str, start: int) -> int:
