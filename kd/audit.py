@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from kd.assess.extract import RULE_SETS, extract, without_prompt
+from kd.assess.extract import RULE_SETS, extract_all, without_prompt
 from kd.assess.rules.documented import RULES, answer_is
 from kd.assess.rules.notebook import spelled
 from kd.assess.rules.rule import Extraction
@@ -29,6 +30,7 @@ from kd.report.tables import aligned
 SEED = 1
 TRAIN_ROWS = 2638
 DECISION = "model_ex1"
+SLOW = "math-verify"
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,24 @@ class Log:
 def audit(data: Path) -> dict[str, Any]:
     """Score the logs in the folder `data` again; the document that `kd audit --json` prints."""
     logs = {name: read_log(data, name) for name in LOGS}
-    extractions = extract_all(logs)
+    processes = get_context("forkserver")
+    processes.set_forkserver_preload(["math_verify"])  # takes seconds to import: once for all of them
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=processes) as pool:
+        # Math-Verify takes milliseconds a row, so it runs beside everything else.
+        slow = pool.map(extract_all, [log.responses for log in logs.values()], repeat(SLOW))
+        extractions = {
+            name: {rules: extract_all(log.responses, rules) for rules in RULE_SETS if rules != SLOW}
+            for name, log in logs.items()
+        }
+        right = {name: rows_right(log, extractions[name]["notebook"]) for name, log in logs.items()}
+        comparisons = [asdict(pair) for pair in compare_pairs(right, SEED)]
+        for name, found in zip(logs, progress(slow, f"audit, {SLOW}", "log", len(logs)), strict=True):
+            extractions[name][SLOW] = found
     experiments = {name: score(name, log, extractions[name]) for name, log in logs.items()}
-    right = {name: rows_right(log, extractions[name]["notebook"]) for name, log in logs.items()}
     return {
         "data": {file: is_published(data / file) for file in sorted([*LOGS.values(), TRUTH])},
         "experiments": experiments,
-        "comparisons": [asdict(pair) for pair in compare_pairs(right, SEED)],
+        "comparisons": comparisons,
         "findings": findings(logs, extractions, experiments),
     }
 
@@ -83,17 +96,6 @@ def read_log(data: Path, experiment: str) -> Log:
         tokens=[int(float(_number(path, n, "model_output_tokens", row))) for n, row in enumerate(rows, start=1)],
         reached_limit=[row["model_max_tokens"] == "True" for row in rows],
     )
-
-
-def extract_all(logs: Mapping[str, Log]) -> dict[str, dict[str, list[Extraction]]]:
-    """Every rule set over every log, on all cores (Math-Verify takes milliseconds a row)."""
-    with ProcessPoolExecutor(min(len(logs), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        done = pool.map(_extract_log, [log.responses for log in logs.values()])
-        return dict(zip(logs, progress(done, "audit", "log", len(logs)), strict=True))
-
-
-def _extract_log(responses: list[str]) -> dict[str, list[Extraction]]:
-    return {name: list(extract(responses, name)) for name in RULE_SETS}
 
 
 def rows_right(log: Log, automatic: list[Extraction]) -> list[bool]:

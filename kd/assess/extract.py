@@ -30,6 +30,11 @@ def extract(responses: Iterable[str], rules: str = "documented") -> Iterator[Ext
     return RULE_SETS[rules](responses)
 
 
+def extract_all(responses: list[str], rules: str) -> list[Extraction]:
+    """The same as a list, for another process to make."""
+    return list(extract(responses, rules))
+
+
 def read_responses(path: Path, column: str, prompt_column: str | None) -> list[str]:
     """The texts in `column` of a CSV or JSON lines file, each without the prompt it starts with.
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import binomtest
 
 RESAMPLES = 10_000
 
@@ -33,6 +32,8 @@ class Comparison:
 
 def wilson_interval(correct: int, rows: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share, both ends between 0 and 1."""
+    from scipy.stats import binomtest  # takes seconds to import
+
     interval = binomtest(correct, rows).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -64,6 +65,8 @@ def compare_pairs(correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comp
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """McNemar's exact test: of the rows where the two differ, each is as likely to favour one as the other."""
+    from scipy.stats import binomtest
+
     differing = only_first + only_second
     return float(binomtest(only_first, differing).pvalue) if differing else 1.0
 
