@@ -25,7 +25,7 @@ from kd.files import read_table, whole_folder, write_json, write_text
 from kd.progress import progress
 from kd.published import LOGS, RESULTS, TRUTH, is_published
 from kd.report.statistics import compare_pairs, wilson_interval
-from kd.report.tables import aligned
+from kd.report.tables import PAIRS_TITLE, aligned, pair_rows
 
 SEED = 1
 TRAIN_ROWS = 2638
@@ -257,8 +257,7 @@ def text(document: dict[str, Any]) -> str:
         "Rows settled and right by each of the notebook's rules\n" + aligned(_rule_rows(experiments)),
         "Accuracy under each rule set, nothing decided by hand\n" + aligned(_rule_set_rows(experiments)),
         "Agreement with the authors' hand decisions\n" + aligned(_hand_rows(experiments)),
-        "Pairs on the same questions: McNemar's exact test, Holm-corrected; bootstrap interval of the difference\n"
-        + aligned(_pair_rows(document["comparisons"])),
+        f"{PAIRS_TITLE}\n" + aligned(pair_rows(document["comparisons"])),
         "Findings (docs/errata.md)\n" + "".join(f"{f['number']:>3}. {f['text']}\n" for f in document["findings"]),
     ]
     return "\n".join(parts)
@@ -308,27 +307,6 @@ def _hand_rows(experiments: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
             if e["manual_published"] and e["manual"]
         ),
     ]
-
-
-def _pair_rows(comparisons: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        ("first", "second", "difference", "95 % interval", "only first", "only second", "p", "p (Holm)")
-    ]
-    for pair in comparisons:
-        low, high = pair["interval"]
-        rows.append(
-            (
-                pair["first"],
-                pair["second"],
-                f"{pair['difference']:+.2%}",
-                f"{low:+.1%} to {high:+.1%}",
-                str(pair["only_first"]),
-                str(pair["only_second"]),
-                f"{pair['p']:.2g}",
-                f"{pair['p_holm']:.2g}",
-            )
-        )
-    return rows
 
 
 def _read(path: Path, columns: list[str]) -> list[dict[str, str]]:

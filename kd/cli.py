@@ -27,6 +27,7 @@ The stages in order, as `dvc repro` runs them:
 
 What runs is params.yaml; results lie under artifacts/<profile>/. `cp profiles/paper.yaml params.yaml` switches.
 Beside them:
+  kd review teacher-kd       decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
 
@@ -91,6 +92,15 @@ def _add_stages(commands: Any) -> None:
     assess.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as no-distillation")
     report = stage("report", _report, "score every log, write the report and print the table")
     report.add_argument("--json", action="store_true", help="print results.json instead of the table")
+    review = stage("review", _review, "decide by hand the responses of one experiment that no rule settles")
+    review.description = (
+        "Shows each undecided response with its numbers highlighted and takes a number, `none`, `skip` or `quit`. "
+        "Each is saved at once to reviews/EXPERIMENT.csv; the next call goes on there, and `kd report` counts it."
+    )
+    review.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as teacher-kd")
+    sheet = review.add_mutually_exclusive_group()
+    sheet.add_argument("--export", metavar="FILE", type=Path, help="write the undecided rows to a CSV file to fill in")
+    sheet.add_argument("--import", metavar="FILE", type=Path, dest="sheet", help="take the answers of such a file")
 
 
 def _add_extract(commands: Any) -> None:
@@ -176,6 +186,23 @@ def _report(config: Config, options: argparse.Namespace) -> None:
 
     results = report(config)
     _print(json.dumps(results, indent=1) if options.json else table(results))
+
+
+def _review(config: Config, options: argparse.Namespace) -> None:
+    from kd.assess import review
+    from kd.assess.score import open_rows
+    from kd.config import choose
+
+    choose(options.experiment, list(config.experiments), "experiment", "experiments")
+    rows, path = open_rows(config, options.experiment), review.reviews_file(options.experiment)
+    if options.export:
+        review.export_sheet(rows, review.read_decisions(path), options.export)
+        print(f"{options.export}: {len(rows)} rows; fill in `answer` and --import it", file=sys.stderr)
+    elif options.sheet:
+        taken = review.import_sheet(rows, path, options.sheet)
+        print(f"{path}: {taken} answers taken from {options.sheet}", file=sys.stderr)
+    else:
+        review.review(rows, path)
 
 
 def _extract(options: argparse.Namespace) -> None:

@@ -99,7 +99,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     csv.field_size_limit(sys.maxsize)  # a response may be longer than the default 128 KiB
     rows: list[dict[str, str]] = []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
             reader = csv.DictReader(file, strict=True)
             for column in columns:
                 if column not in (reader.fieldnames or []):

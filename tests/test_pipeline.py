@@ -16,7 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).parent.parent
-FILES = ("kd", "profiles", "dvc.yaml", ".dvcignore", ".gitignore")
+FILES = ("kd", "profiles", "reviews", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd import models
-from kd.assess.extract import extract
+from kd.assess.extract import extract, without_prompt
 from kd.assess.generate import load_student, respond
+from kd.assess.review import NO_ANSWER, OpenRow, read_decisions, reviews_file
 from kd.assess.rules.number import canonical
 from kd.assess.rules.rule import UNDECIDED
 from kd.config import Config
-from kd.dataset import Example, final_answer, read_examples
+from kd.dataset import final_answer, read_examples
 from kd.errors import UserError
 from kd.files import read_table, write_whole_file
 
@@ -27,16 +28,21 @@ COLUMNS = (
     "rule",
     "correct",
 )
-NO_ANSWER = "-1"
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a log comes to. `undecided` lists the 1-based rows that no rule settled; they count as wrong."""
+    """What a log comes to: per row whether it is right, the 1-based rows that neither a rule nor a person settled
+    (they count as wrong), and how many a person decided."""
 
-    rows: int
-    correct: int
+    right: list[bool]
     undecided: list[int]
+    by_hand: int
+
+    @property
+    def correct(self) -> int:
+        """Rows that are right."""
+        return sum(self.right)
 
 
 def assess(config: Config, experiment: str) -> None:
@@ -75,28 +81,59 @@ def assess(config: Config, experiment: str) -> None:
                 response.reached_limit,
                 found.answer or NO_ANSWER,
                 found.rule,
-                is_correct(found.answer, example),
+                is_correct(found.answer, example.answer),
             ]
         )
-    write_whole_file(config.artifacts / "logs" / f"{experiment}.csv", table.getvalue())
+    write_whole_file(log_file(config, experiment), table.getvalue())
 
 
-def is_correct(answer: str | None, example: Example) -> bool:
-    """Whether an extracted answer is the number behind the row's "####"."""
-    truth = final_answer(example.answer)
-    assert truth is not None, example.id  # refused when the data was prepared
+def is_correct(answer: str | None, true_answer: str) -> bool:
+    """Whether an extracted answer is the number behind the "####" of GSM8K's answer."""
+    truth = final_answer(true_answer)
+    assert truth is not None, true_answer  # refused when the data was prepared
     return answer == canonical("-" if truth.startswith("-") else "", truth.lstrip("-"))
 
 
-def read_score(path: Path, rows: int) -> Score:
-    """The score of a log, which must have `rows` rows."""
+def log_file(config: Config, experiment: str) -> Path:
+    """Where an experiment's log lies."""
+    return config.artifacts / "logs" / f"{experiment}.csv"
+
+
+def score(config: Config, experiment: str) -> Score:
+    """The score of an experiment's log, with what a person decided of it (reviews/<experiment>.csv)."""
+    table = _read_log(config, experiment)
+    right = [row["correct"] == "True" for row in table]
+    decisions = read_decisions(reviews_file(experiment))
+    undecided, by_hand = [], 0
+    for row in _open_rows(config, experiment, table):
+        decision = decisions.get(row.sha256)
+        if decision is None:
+            undecided.append(row.row)
+        else:
+            by_hand += 1
+            right[row.row - 1] = is_correct(decision["answer"], table[row.row - 1]["answer"])
+    return Score(right, undecided, by_hand)
+
+
+def open_rows(config: Config, experiment: str) -> list[OpenRow]:
+    """The rows of an experiment's log that no rule settles."""
+    return _open_rows(config, experiment, _read_log(config, experiment))
+
+
+def _open_rows(config: Config, experiment: str, table: list[dict[str, str]]) -> list[OpenRow]:
+    suffix = config.experiments[experiment].suffix
+    return [
+        OpenRow(number, row["question"], without_prompt(row["model_answer"], row["question"] + suffix))
+        for number, row in enumerate(table, start=1)
+        if row["rule"] == UNDECIDED
+    ]
+
+
+def _read_log(config: Config, experiment: str) -> list[dict[str, str]]:
+    path, rows = log_file(config, experiment), config.dataset.test_rows
     if not path.exists():
-        raise UserError(f"{path}: no such file; run `kd assess {path.stem}`")
+        raise UserError(f"{path}: no such file; run `kd assess {experiment}`")
     table = read_table(path, COLUMNS)
     if len(table) != rows:
-        raise UserError(f"{path}: {len(table)} rows where the test set has {rows}; run `kd assess {path.stem}` again")
-    return Score(
-        rows=rows,
-        correct=sum(row["correct"] == "True" for row in table),
-        undecided=[i for i, row in enumerate(table, start=1) if row["rule"] == UNDECIDED],
-    )
+        raise UserError(f"{path}: {len(table)} rows where the test set has {rows}; run `kd assess {experiment}` again")
+    return table

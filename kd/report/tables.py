@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from kd.assess.score import read_score
+from kd.assess.score import Score, score
 from kd.config import Config
 from kd.files import whole_folder, write_json, write_text
 from kd.published import RESULTS
 from kd.report.plots import accuracy_chart
-from kd.report.statistics import wilson_interval
+from kd.report.statistics import compare_pairs, wilson_interval
 
-HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "Undecided", "Published")
+HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "By hand", "Undecided", "Published")
+PAIRS_HEADER = ("first", "second", "difference", "95 % interval", "only first", "only second", "p", "p (Holm)")
+PAIRS_TITLE = "Pairs on the same questions: McNemar's exact test, Holm-corrected; bootstrap interval of the difference"
 
 
 def report(config: Config) -> dict[str, Any]:
@@ -28,6 +31,7 @@ def report(config: Config) -> dict[str, Any]:
 
 def collect(config: Config) -> dict[str, Any]:
     """The results document: what was run and, per experiment, what it came to and what was published."""
+    scores = {name: score(config, name) for name in config.experiments}
     return {
         "profile": config.profile,
         "protocol": config.distill.protocol,
@@ -36,13 +40,16 @@ def collect(config: Config) -> dict[str, Any]:
         "student": config.student.model_dump(),
         "teacher": config.teacher.model_dump(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        "experiments": {name: _result(config, name) for name in config.experiments},
+        "experiments": {name: _result(name, scored) for name, scored in scores.items()},
+        "comparisons": [
+            asdict(pair) for pair in compare_pairs({name: scored.right for name, scored in scores.items()}, config.seed)
+        ],
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    """The table for a terminal, columns aligned."""
-    return aligned(_rows(results))
+    """The table for a terminal, columns aligned, and the pairs below it."""
+    return f"{aligned(_rows(results))}\n{PAIRS_TITLE}\n{aligned(pair_rows(results['comparisons']))}"
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:
@@ -54,32 +61,61 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table as Markdown, with what stands behind it."""
-    header, *rows = _rows(results)
-    lines = [
-        f"| {' | '.join(header)} |",
-        "|---" * len(header) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
+    """The same as Markdown, with what stands behind it."""
     data = results["dataset"]
     setting = (
         f"Profile `{results['profile']}`, protocol `{results['protocol']}`, seed {results['seed']}; "
         f"{data['train_rows']} training and {data['test_rows']} test rows "
         f"({data['source']}, {data['answers']} answers)."
     )
-    return "\n".join([f"# Results: {results['profile']}", "", setting, "", *lines, "", _undecided(results)])
+    return "\n".join(
+        [
+            f"# Results: {results['profile']}\n",
+            f"{setting}\n",
+            _markdown_table(_rows(results)),
+            _undecided(results),
+            f"{PAIRS_TITLE}:\n",
+            _markdown_table(pair_rows(results["comparisons"])),
+        ]
+    )
 
 
-def _result(config: Config, experiment: str) -> dict[str, Any]:
-    score = read_score(config.artifacts / "logs" / f"{experiment}.csv", config.dataset.test_rows)
-    low, high = wilson_interval(score.correct, score.rows)
+def pair_rows(comparisons: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The rows of a table of comparisons (`statistics.Comparison` as dictionaries), its header first."""
+    rows: list[tuple[str, ...]] = [PAIRS_HEADER]
+    for pair in comparisons:
+        low, high = pair["interval"]
+        rows.append(
+            (
+                pair["first"],
+                pair["second"],
+                f"{pair['difference']:+.2%}",
+                f"{low:+.1%} to {high:+.1%}",
+                str(pair["only_first"]),
+                str(pair["only_second"]),
+                f"{pair['p']:.2g}",
+                f"{pair['p_holm']:.2g}",
+            )
+        )
+    return rows
+
+
+def _markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def _result(experiment: str, scored: Score) -> dict[str, Any]:
+    rows = len(scored.right)
     published = RESULTS.get(experiment)
     return {
-        "correct": score.correct,
-        "rows": score.rows,
-        "accuracy": score.correct / score.rows,
-        "interval": [low, high],
-        "undecided": score.undecided,
+        "correct": scored.correct,
+        "rows": rows,
+        "accuracy": scored.correct / rows,
+        "interval": wilson_interval(scored.correct, rows),
+        "by_hand": scored.by_hand,
+        "undecided": scored.undecided,
         "published_accuracy": published.accuracy / 100 if published else None,
     }
 
@@ -95,6 +131,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{result['accuracy']:.2%}",
                 f"{low:.1%} to {high:.1%}",
                 f"{result['correct']}/{result['rows']}",
+                str(result["by_hand"]),
                 str(len(result["undecided"])),
                 f"{published:.2%}" if published is not None else "not in the paper",
             )
@@ -108,6 +145,7 @@ def _undecided(results: dict[str, Any]) -> str:
     if not lists:
         return "The extraction rules settled every row.\n"
     lines = (f"- {name}: {', '.join(map(str, rows))}\n" for name, rows in lists.items())
-    return "Test rows that no extraction rule settles; they count as wrong (-1) until a person decides:\n\n" + "".join(
-        lines
+    return (
+        "Test rows that no extraction rule settles; they count as wrong (-1) until `kd review` decides them:\n\n"
+        + "".join(lines)
     )

@@ -52,16 +52,27 @@ def test_results_hold_counts_intervals_and_published_figures(capsys: pytest.Capt
     assert (row["correct"], row["rows"], row["accuracy"], row["undecided"]) == (3, 6, 0.5, [6])
     assert row["published_accuracy"] == 0.3404
     assert row["interval"] == pytest.approx([0.1876, 0.8124], abs=1e-4)
+    assert len(results["comparisons"]) == 15
+    first = results["comparisons"][0]
+    assert (first["first"], first["second"], first["only_first"], first["only_second"]) == (
+        "no-distillation",
+        "fine-tuning",
+        0,
+        1,
+    )
+    assert first["p"] == first["p_holm"] == 1
 
 
 @pytest.mark.usefixtures("logs")
 def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report"]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["Experiment", "Accuracy", "95", "%", "interval", "Correct", "Undecided", "Published"]
-    assert printed[-1].split() == ["ground-truth-kd", "83.33%", "43.6%", "to", "97.0%", "5/6", "1", "48.14%"]
+    printed, pairs = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    assert printed[0].split() == "Experiment Accuracy 95 % interval Correct By hand Undecided Published".split()
+    assert printed[-1].split() == ["ground-truth-kd", "83.33%", "43.6%", "to", "97.0%", "5/6", "0", "1", "48.14%"]
+    assert pairs[-1].split()[:3] == ["teacher-kd", "ground-truth-kd", "-16.67%"]
     text = (REPORT / "results.md").read_text()
-    assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | 1 | 48.14% |" in text
+    assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | 0 | 1 | 48.14% |" in text
+    assert "| no-distillation | fine-tuning | -16.67% |" in text
     assert "- base-kd: 6" in text
     assert (REPORT / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -89,6 +100,30 @@ def test_a_missing_log_says_which_command_makes_it(capsys: pytest.CaptureFixture
     Path("artifacts/mini/logs/teacher-kd.csv").unlink()
     assert main(["report"]) == 2
     assert "run `kd assess teacher-kd`" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("logs")
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("correct", "right", "no column 'correct'"),
+        ("True", "True\nx", "teacher-kd.csv row 2: not as many cells"),
+        ("undecided", 'undecided"', "teacher-kd.csv: "),
+    ],
+)
+def test_an_unusable_log_is_refused(capsys: pytest.CaptureFixture[str], old: str, new: str, message: str) -> None:
+    path = Path("artifacts/mini/logs/teacher-kd.csv")
+    path.write_text(path.read_text().replace(old, new, 1))
+    assert main(["report"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("logs")
+def test_a_log_with_too_few_rows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("artifacts/mini/logs/teacher-kd.csv")
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    assert main(["report"]) == 2
+    assert "5 rows where the test set has 6; run `kd assess teacher-kd` again" in capsys.readouterr().err
 
 
 @given(st.integers(1, 2000).flatmap(lambda rows: st.tuples(st.integers(0, rows), st.just(rows))))
