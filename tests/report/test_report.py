@@ -108,7 +108,7 @@ def test_a_missing_log_says_which_command_makes_it(capsys: pytest.CaptureFixture
     [
         ("correct", "right", "no column 'correct'"),
         ("True", "True\nx", "teacher-kd.csv row 2: not as many cells"),
-        ("undecided", 'undecided"', "teacher-kd.csv: "),
+        ("undecided", '"undecided', "teacher-kd.csv row 6: not readable as CSV"),
     ],
 )
 def test_an_unusable_log_is_refused(capsys: pytest.CaptureFixture[str], old: str, new: str, message: str) -> None:
