@@ -63,7 +63,8 @@ def tests(session: nox.Session) -> None:
 def extractor(session: nox.Session) -> None:
     """The extractor's suite alone; arguments go to pytest."""
     environment(session)
-    session.run("pytest", "tests/assess/test_extract.py", *session.posargs)
+    suite = ("test_extract.py", "test_rule_sets.py", "test_robust.py", "test_review.py")
+    session.run("pytest", *(f"tests/assess/{file}" for file in suite), *session.posargs)
 
 
 @nox.session(python=False)

@@ -57,6 +57,13 @@ CASES = [
     # A number the response opens with.
     ("18", "18", "opening"),
     ("18.", "18", "opening"),
+    ("$32\n\nJanet makes $32 every day by selling the remaining 16 eggs.", "32", "opening"),
+    ("$18 \n \n * 16 - 3 = 13", "18", "opening"),
+    ("18 eggs/day\n\nShe has 16.", "18", "opening"),
+    ("**$26**\n\n**Here's how:**\n1. Take 20\n2. Add 6 to 20", "26", "opening"),
+    ("100 sheep.", "100", "opening"),
+    ("* 5 eggs\n* 6 eggs\n\nTotal: 11 eggs", "11", "last-number"),
+    ("\n \n 50% \n \n", "50", "opening"),
     ("$18.00.", "18", "opening"),
     ("= 18\n", "18", "opening"),
     ("?\n\n18 eggs per day.", "18", "opening"),

@@ -34,9 +34,11 @@ _MARKER = re.compile(
 _LEAD = re.compile(r"[\s*:=?.]*+")
 # What stands behind an opening number that is a whole answer: the end, a unit and the end, or a new sentence.
 _WHOLE = re.compile(
-    r"[$%\"'\u00a2\u20ac\u00a3}*]*+(?:\s++(?=[A-Z][a-z])|(?:\s?[^\W\d]++){0,4}+[*$]*+(?:[.!]++(?:\s|\Z)|\s*+(?:\n|\Z)))"
+    r"[$%\"'\u00a2\u20ac\u00a3}*]*+"
+    r"(?:\s++(?=[A-Z][a-z])|(?:\s?[^\W\d]++(?:/[^\W\d]++)?){0,4}+[*$]*+(?:[.!]++(?:[\s*]|\Z)|[^\S\n]*+(?:\n|\Z)))"
 )
 _WORKED = re.compile(r"\bstep\s*+[0-9]|^[ \t]*+[12][.)]\s", re.IGNORECASE | re.MULTILINE)
+_EXPLAINED = re.compile(r"\b(?:explanation|reasoning|solution|breakdown|here.?s (?:how|why))\b", re.IGNORECASE)
 _CLAUSE_END = re.compile(r"\n|[.!?]+(?=[\s*)\"']|\Z)")
 _LABEL = re.compile(
     r"\b(?:steps?|solution|question|problem|part|method|example|case|scenario|option|hint|exercise|statements?)[\s#]*+\Z",
@@ -96,10 +98,13 @@ def answer_marker(response: str) -> Found | None:
 
 
 def opening(response: str) -> Found | None:
-    """A number, perhaps with a unit, that the response opens with, where no worked steps follow it."""
+    """A number, perhaps with a unit, that the response opens with, unless steps follow that work out another."""
     start = _skip(_LEAD, response, 0)
     value = next(numbers(response, start, start + NUMBER_LENGTH, LATEX), None)
-    if value is None or response[start : value.start].strip("$*( ") or _WORKED.search(response, value.start):
+    if value is None or response[start : value.start].strip("$*( ") or "* " in response[: value.start]:
+        return None  # words come first, or it is an item of a list
+    worked = _WORKED.search(response, value.start)
+    if worked and not _EXPLAINED.search(response, value.stop, worked.start()):
         return None
     value = _whole_fraction(response, value, start, start + NUMBER_LENGTH)
     again = next(numbers(response, value.stop, value.stop + NUMBER_LENGTH, LATEX), value)
