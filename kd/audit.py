@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from kd.assess.extract import RULE_SETS, extract_all, without_prompt
+from kd.assess.extract import RULE_SETS, extract, extract_one, without_prompt
 from kd.assess.rules.documented import RULES, answer_is
 from kd.assess.rules.notebook import spelled
 from kd.assess.rules.rule import Extraction
@@ -50,17 +50,19 @@ def audit(data: Path) -> dict[str, Any]:
     logs = {name: read_log(data, name) for name in LOGS}
     processes = get_context("forkserver")
     processes.set_forkserver_preload(["math_verify"])  # takes seconds to import: once for all of them
+    responses = [response for log in logs.values() for response in log.responses]
     with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=processes) as pool:
         # Math-Verify takes milliseconds a row, so it runs beside everything else.
-        slow = pool.map(extract_all, [log.responses for log in logs.values()], repeat(SLOW))
+        slow = pool.map(extract_one, responses, repeat(SLOW), chunksize=128)
         extractions = {
-            name: {rules: extract_all(log.responses, rules) for rules in RULE_SETS if rules != SLOW}
+            name: {rules: list(extract(log.responses, rules)) for rules in RULE_SETS if rules != SLOW}
             for name, log in logs.items()
         }
         right = {name: rows_right(log, extractions[name]["notebook"]) for name, log in logs.items()}
         comparisons = [asdict(pair) for pair in compare_pairs(right, SEED)]
-        for name, found in zip(logs, progress(slow, f"audit, {SLOW}", "log", len(logs)), strict=True):
-            extractions[name][SLOW] = found
+        found = iter(progress(slow, f"audit, {SLOW}", "row", len(responses)))
+        for name, log in logs.items():
+            extractions[name][SLOW] = list(islice(found, len(log.responses)))
     experiments = {name: score(name, log, extractions[name]) for name, log in logs.items()}
     return {
         "data": {file: is_published(data / file) for file in sorted([*LOGS.values(), TRUTH])},

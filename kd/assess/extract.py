@@ -30,9 +30,10 @@ def extract(responses: Iterable[str], rules: str = "documented") -> Iterator[Ext
     return RULE_SETS[rules](responses)
 
 
-def extract_all(responses: list[str], rules: str) -> list[Extraction]:
-    """The same as a list, for another process to make."""
-    return list(extract(responses, rules))
+def extract_one(response: str, rules: str) -> Extraction:
+    """What a rule set takes from a single response, for another process to find out."""
+    (found,) = extract([response], rules)
+    return found
 
 
 def read_responses(path: Path, column: str, prompt_column: str | None) -> list[str]:

@@ -1,10 +1,15 @@
-"""Statistics of the results table: intervals of each accuracy, and paired comparisons between experiments."""
+"""Statistics of the results table: intervals of each accuracy, and paired comparisons between experiments.
+
+Textbook formulas over `scipy.special`: `scipy.stats` and statsmodels, which the tests compare with, take four seconds
+to import, a third of the whole audit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import sqrt
 
 import numpy as np
 
@@ -32,22 +37,22 @@ class Comparison:
 
 def wilson_interval(correct: int, rows: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share, both ends between 0 and 1."""
-    from scipy.stats import binomtest  # takes seconds to import
+    from scipy.special import ndtri
 
-    interval = binomtest(correct, rows).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    z, share = float(ndtri(0.975)), correct / rows
+    middle = share + z**2 / (2 * rows)
+    arm = z * sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
+    low, high = ((middle + side) / (1 + z**2 / rows) for side in (-arm, arm))
+    return max(0.0, low), min(1.0, high)
 
 
 def compare_pairs(correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comparison]:
     """Every pair of experiments, whose `correct` tell for the same test rows in the same order who was right."""
-    from statsmodels.stats.multitest import multipletests
-
     pairs = list(combinations(correct, 2))
     if not pairs:
         return []
     only = [_discordant(correct[first], correct[second]) for first, second in pairs]
     p_values = [mcnemar(*counts) for counts in only]
-    corrected = multipletests(p_values, method="holm")[1]
     random = np.random.default_rng(seed)
     return [
         Comparison(
@@ -57,18 +62,27 @@ def compare_pairs(correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comp
             bootstrap_interval(*counts, len(correct[first]), random),
             *counts,
             p,
-            float(holm),
+            p_holm,
         )
-        for (first, second), counts, p, holm in zip(pairs, only, p_values, corrected, strict=True)
+        for (first, second), counts, p, p_holm in zip(pairs, only, p_values, holm(p_values), strict=True)
     ]
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """McNemar's exact test: of the rows where the two differ, each is as likely to favour one as the other."""
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
-    differing = only_first + only_second
-    return float(binomtest(only_first, differing).pvalue) if differing else 1.0
+    return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values, in the same order, that hold for all tests at once."""
+    p = np.asarray(p_values)
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(1, stepped)
+    return [float(value) for value in corrected]
 
 
 def bootstrap_interval(

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kd.assess.score import COLUMNS
 from kd.cli import main
-from kd.report.statistics import wilson_interval
 
 REPORT = Path("artifacts/mini/report")
 
@@ -124,14 +120,3 @@ def test_a_log_with_too_few_rows_is_refused(capsys: pytest.CaptureFixture[str]) 
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     assert main(["report"]) == 2
     assert "5 rows where the test set has 6; run `kd assess teacher-kd` again" in capsys.readouterr().err
-
-
-@given(st.integers(1, 2000).flatmap(lambda rows: st.tuples(st.integers(0, rows), st.just(rows))))
-def test_wilson_interval_is_its_formula(counts: tuple[int, int]) -> None:
-    correct, rows = counts
-    z, share = 1.959963984540054, correct / rows
-    middle = (share + z**2 / (2 * rows)) / (1 + z**2 / rows)
-    arm = z / (1 + z**2 / rows) * math.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
-    low, high = wilson_interval(correct, rows)
-    assert (low, high) == (pytest.approx(middle - arm, abs=1e-9), pytest.approx(middle + arm, abs=1e-9))
-    assert 0 <= low <= high <= 1

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from kd.report.statistics import bootstrap_interval, compare_pairs, mcnemar, wilson_interval
+from kd.report.statistics import bootstrap_interval, compare_pairs, holm, mcnemar, wilson_interval
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -21,6 +22,11 @@ def test_wilson_interval_is_that_of_statsmodels(counts: tuple[int, int]) -> None
 def test_mcnemar_is_that_of_statsmodels(only_first: int, only_second: int) -> None:
     expected = statsmodels_mcnemar([[5, only_first], [only_second, 7]], exact=True).pvalue
     assert mcnemar(only_first, only_second) == pytest.approx(min(1.0, expected), rel=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_holm_is_that_of_statsmodels(p_values: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]), abs=1e-12)
 
 
 def test_bootstrap_interval_is_that_of_drawing_rows() -> None:

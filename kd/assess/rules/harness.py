@@ -7,7 +7,9 @@ So these answers keep the response's spelling.
 from __future__ import annotations
 
 import re
+from collections import deque
 
+from kd.assess.rules.number import from_near_the_end
 from kd.assess.rules.rule import Found, in_order
 
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -23,10 +25,11 @@ def strict_match(response: str) -> Found | None:
 
 def flexible_extract(response: str) -> Found | None:
     """The last run of two or more digits, points, commas and dollar signs, or single digit."""
-    last = None
-    for last in _FLEXIBLE.finditer(response):  # noqa: B007
-        pass
-    return _found(last, 0) if last else None
+    for start in from_near_the_end(response):
+        last = deque(_FLEXIBLE.finditer(response, start), maxlen=1)
+        if last:
+            return _found(last[0], 0)
+    return None
 
 
 def _found(match: re.Match[str], group: int) -> Found | None:

@@ -12,12 +12,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
-from kd.assess.rules.number import LATEX, canonical, numbers
+from kd.assess.rules.number import LATEX, canonical, from_near_the_end, numbers
 from kd.assess.rules.rule import Extraction, Found, Rule, in_order
 
 BOX_LENGTH = 200  # longer contents are no answer, and a limit keeps unclosed boxes cheap
 CLAUSE_LENGTH = 200
-LAST_LINES_LENGTH = 200
 NUMBER_LENGTH = 40
 
 _DIGIT = re.compile("[0-9]")
@@ -114,9 +113,7 @@ def opening(response: str) -> Found | None:
 
 def last_number(response: str) -> Found | None:
     """The number or fraction nearest the end that is no label."""
-    # Most responses have one on their last lines, and no number goes over a line's end.
-    last_lines = response.rfind("\n", 0, max(0, len(response) - LAST_LINES_LENGTH)) + 1
-    for start in (last_lines, 0):
+    for start in from_near_the_end(response):
         last = deque(_values(response, start, len(response)), maxlen=1)
         if last:
             return _whole_fraction(response, last[0], max(0, last[0].start - NUMBER_LENGTH), len(response))
