@@ -48,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (WorkFailedError, OSError) as error:
         print(f"kd: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("kd: interrupted; earlier results are as they were, run the same command again", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "earlier results are as they were, run the same command again"
+        print(f"kd: interrupted; {kept}", file=sys.stderr)
         return 130
     return 0
 
