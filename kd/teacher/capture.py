@@ -66,7 +66,7 @@ def capture(config: Config, prompt: str) -> None:
     writer = StoreWriter(work, *about, batch_rows=config.teacher.batch_rows)
     shards = range(ceil(len(wanted) / store.SHARD_EXAMPLES))
     with _tells_what_is_kept(work, writer, shards):
-        _fill(config, prompt, wanted, writer, process.part(len(shards)))
+        _capture_missing(config, prompt, wanted, writer, process.part(len(shards)))
         if process.rank == 0:
             remove_stale(target, key)
             wait_for_others(lambda: len(missing(writer, shards)), f"teacher, {prompt}, waiting for other processes")
@@ -119,21 +119,38 @@ def missing(writer: StoreWriter, shards: range) -> list[int]:
     return [number for number in shards if not writer.has_shard(number)]
 
 
-def _fill(config: Config, prompt: str, wanted: list[Reading], writer: StoreWriter, shards: range) -> None:
+def fill(
+    teacher: backends.LoadedTeacher,
+    wanted: list[Reading],
+    writer: StoreWriter,
+    todo: list[int],
+    batch_rows: int,
+    bar: Any,
+) -> None:
+    """Let the teacher read the questions of the shards in `todo`, and write these."""
+    for number in todo:
+        group = _group(wanted, number)
+        writer.begin_shard(number)
+        for reading, rows in zip(group, _states(teacher, group, batch_rows, bar), strict=True):
+            writer.add(reading.example_id, reading.token_ids, rows, reading.span)
+    writer.flush()
+
+
+def _capture_missing(config: Config, prompt: str, wanted: list[Reading], writer: StoreWriter, shards: range) -> None:
     """Capture what is missing of `shards`; loads the teacher only if something is."""
     todo = missing(writer, shards)
     if not todo:
         return
     teacher = backends.load(config.teacher, max(len(reading.token_ids) for reading in wanted))
-    groups = {number: wanted[number * store.SHARD_EXAMPLES :][: store.SHARD_EXAMPLES] for number in shards}
-    with progress((), f"teacher, {prompt}", "question", sum(map(len, groups.values()))) as bar:
-        bar.update(sum(len(groups[number]) for number in shards if number not in todo))
-        for number in todo:
-            writer.begin_shard(number)
-            states = _states(teacher, groups[number], config.teacher.batch_rows, bar)
-            for reading, rows in zip(groups[number], states, strict=True):
-                writer.add(reading.example_id, reading.token_ids, rows, reading.span)
-        writer.begin_shard(len(shards))
+    sizes = {number: len(_group(wanted, number)) for number in shards}
+    with progress((), f"teacher, {prompt}", "question", sum(sizes.values())) as bar:
+        bar.update(sum(sizes[number] for number in shards if number not in todo))
+        fill(teacher, wanted, writer, todo, config.teacher.batch_rows, bar)
+
+
+def _group(wanted: list[Reading], number: int) -> list[Reading]:
+    """The questions of one shard."""
+    return wanted[number * store.SHARD_EXAMPLES :][: store.SHARD_EXAMPLES]
 
 
 def _states(teacher: backends.LoadedTeacher, group: list[Reading], batch_rows: int, bar: Any) -> list[torch.Tensor]:

@@ -248,7 +248,7 @@ class StoreWriter:
 
     def begin_shard(self, number: int) -> None:
         """Write what is pending; the next example is the first of shard `number`."""
-        self._flush()
+        self.flush()
         self._shard = number
 
     def add(
@@ -266,7 +266,7 @@ class StoreWriter:
         Every row is read back and compared with its checksum. WorkFailedError where an example is there twice or not
         what was captured.
         """
-        self._flush()
+        self.flush()
         shards, examples, width = [], [], 0
         for path in self._written():
             found = _described_examples(path)
@@ -292,11 +292,8 @@ class StoreWriter:
         _write_sealed(self._folder / MANIFEST, manifest)
         return manifest
 
-    def _written(self) -> Iterator[Path]:
-        for number in range(len(list(self._folder.glob(f"{self._kind}-*.safetensors")))):
-            yield _shard(self._folder, self._kind, number)
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what is pending as a shard."""
         if not self._pending:
             return
         import torch
@@ -322,6 +319,10 @@ class StoreWriter:
             shapes = {str(self._kind): (torch.float16, (row, kept[0].shape[1]))}
             write_tensors(work, shapes, kept, {"examples": description})
         self._pending = []
+
+    def _written(self) -> Iterator[Path]:
+        for number in range(len(list(self._folder.glob(f"{self._kind}-*.safetensors")))):
+            yield _shard(self._folder, self._kind, number)
 
 
 class TeacherStore:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 CACHES = {None: "ExLlamaV2Cache", "q4": "ExLlamaV2Cache_Q4", "q6": "ExLlamaV2Cache_Q6", "q8": "ExLlamaV2Cache_Q8"}
+SHORTEST_BUFFER = 64  # tokens; the library tries its layers on an input that fills the buffer
 
 
 class ExLlamaV2Teacher:
@@ -29,10 +30,10 @@ class ExLlamaV2Teacher:
         if settings.architecture != "LlamaForCausalLM":
             raise UserError(f"{folder}: a {settings.architecture}; this backend reads Llama models")
         # Together they bound one forward and its scratch memory.
-        settings.max_batch_size, settings.max_input_len = teacher.batch_rows, longest
+        settings.max_batch_size, settings.max_input_len = teacher.batch_rows, max(longest, SHORTEST_BUFFER)
         self.model = library.ExLlamaV2(settings)
         # The cache only weighs on how the layers are split over the GPUs: a forward that is not given it ignores it.
-        cache = getattr(library, CACHES[teacher.cache])(self.model, max_seq_len=longest, lazy=True)
+        cache = getattr(library, CACHES[teacher.cache])(self.model, max_seq_len=settings.max_input_len, lazy=True)
         with progress((), f"loading {folder.name}", "module", len(self.model.modules)) as bar:
             self.model.load_autosplit(cache, callback=lambda done, _: bar.update(done - bar.n))
 
