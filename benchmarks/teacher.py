@@ -64,7 +64,7 @@ FULL = Size(
     },
     batch_rows=32,
     notebook=24,
-    single=384,
+    single=256,
     batched=2638,
     wide_hidden=16384,
 )
@@ -214,7 +214,7 @@ def capture(teacher: Teacher, loaded: Any, questions: list[Reading], batch_rows:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     writer = StoreWriter(folder, backends.identity(teacher), *ABOUT, batch_rows=batch_rows)
-    shards = list(range(-(-len(questions) // store.SHARD_EXAMPLES)))
+    shards = list(range(-(-len(questions) // writer.shard_examples)))
     with progress((), "capture", "question", len(questions)) as bar:
         fill(loaded, questions, writer, shards, batch_rows, bar)
     head = folder.parent / store.HEAD_FOLDER
@@ -265,11 +265,11 @@ def batched_difference(loaded: Any, questions: list[Reading]) -> dict[str, float
 
 
 def host_memory(teacher: Teacher, loaded: Any, questions: list[Reading], folder: Path) -> dict[str, float]:
-    """GiB of host memory that a capture takes above the loaded model's, by number of questions."""
+    """GiB of host memory that a capture in batches takes above the loaded model's, by number of questions."""
     found = {}
     for count in (min(100, len(questions)), len(questions)):
         with peaks() as peak:
-            capture(teacher, loaded, questions[:count], 1, folder / "memory")
+            capture(teacher, loaded, questions[:count], teacher.batch_rows, folder / "memory")
         found[str(count)] = peak["host_gib"]
     return found
 
@@ -286,10 +286,12 @@ def rebuilding(size: Size) -> dict[str, Any]:
     found: dict[str, Any] = {"hidden": hidden, "vocabulary": vocabulary, "matmul_tflops": rate / 1e12}
     for tokens in (64, 256, 1024):
         states = torch.randn(tokens, hidden, dtype=torch.float16)
-        taken = seconds_each(lambda states=states: head.logits(states))  # type: ignore[misc]
+        there = states.to(device())
+        taken = seconds_each(lambda there=there: head.logits(there))  # type: ignore[misc]
         found[f"{tokens} tokens"] = {
             "ms": taken * 1e3,
             "share_of_matmul": 2 * tokens * hidden * vocabulary / taken / rate,
+            "ms_from_host_memory": seconds_each(lambda states=states: head.logits(states)) * 1e3,  # type: ignore[misc]
         }
     return found
 

@@ -64,7 +64,7 @@ def capture(config: Config, prompt: str) -> None:
     key = _key([*(record.model_dump() for record in about), head_sha256, config.teacher.batch_rows], wanted)
     work = unfinished_folder(target, key)
     writer = StoreWriter(work, *about, batch_rows=config.teacher.batch_rows)
-    shards = range(ceil(len(wanted) / store.SHARD_EXAMPLES))
+    shards = range(ceil(len(wanted) / writer.shard_examples))
     with _tells_what_is_kept(work, writer, shards):
         _capture_missing(config, prompt, wanted, writer, process.part(len(shards)))
         if process.rank == 0:
@@ -129,7 +129,7 @@ def fill(
 ) -> None:
     """Let the teacher read the questions of the shards in `todo`, and write these."""
     for number in todo:
-        group = _group(wanted, number)
+        group = _group(wanted, number, writer.shard_examples)
         writer.begin_shard(number)
         for reading, rows in zip(group, _states(teacher, group, batch_rows, bar), strict=True):
             writer.add(reading.example_id, reading.token_ids, rows, reading.span)
@@ -142,15 +142,15 @@ def _capture_missing(config: Config, prompt: str, wanted: list[Reading], writer:
     if not todo:
         return
     teacher = backends.load(config.teacher, max(len(reading.token_ids) for reading in wanted))
-    sizes = {number: len(_group(wanted, number)) for number in shards}
+    sizes = {number: len(_group(wanted, number, writer.shard_examples)) for number in shards}
     with progress((), f"teacher, {prompt}", "question", sum(sizes.values())) as bar:
         bar.update(sum(sizes[number] for number in shards if number not in todo))
         fill(teacher, wanted, writer, todo, config.teacher.batch_rows, bar)
 
 
-def _group(wanted: list[Reading], number: int) -> list[Reading]:
+def _group(wanted: list[Reading], number: int, size: int) -> list[Reading]:
     """The questions of one shard."""
-    return wanted[number * store.SHARD_EXAMPLES :][: store.SHARD_EXAMPLES]
+    return wanted[number * size : (number + 1) * size]
 
 
 def _states(teacher: backends.LoadedTeacher, group: list[Reading], batch_rows: int, bar: Any) -> list[torch.Tensor]:
@@ -183,7 +183,7 @@ def _is_whole(config: Config, prompt: str, tokenizer: Any, examples: list[Exampl
 
 def _key(about: list[Any], wanted: list[Reading]) -> str:
     """A short fingerprint of everything that shapes a store's bytes: what a finished one says, and the device."""
-    document = json.dumps([about, _device(), store.SHARD_EXAMPLES, [astuple(reading) for reading in wanted]])
+    document = json.dumps([about, _device(), [astuple(reading) for reading in wanted]])
     return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 

@@ -41,7 +41,7 @@ def random_head(hidden: int, vocabulary: int) -> TeacherHead:
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), shard_examples=st.integers(1, 13))
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), shard_examples=st.integers(2, 13))
 def test_rows_come_back_from_any_number_of_shards(
     lengths: list[int], shard_examples: int, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
