@@ -75,7 +75,7 @@ def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path) -> None:
     assert len(results["experiments"]) == 6
     assert all(result["rows"] == 4 for result in results["experiments"].values())
     first = outputs(clone)
-    assert len(first) == 18  # data, head, 4 teachers, 5 adapters, 6 logs, report
+    assert len(first) == 19  # data, head, 4 teachers, statistics, 5 adapters, 6 logs, report
 
     assert "up to date" in repro(clone)
 

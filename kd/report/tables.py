@@ -12,6 +12,8 @@ from kd.files import whole_folder, write_json, write_text
 from kd.published import RESULTS
 from kd.report.plots import accuracy_chart
 from kd.report.statistics import wilson_interval
+from kd.report.teachers import read_prompts
+from kd.report.teachers import rows as prompt_rows
 
 HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "Undecided", "Published")
 
@@ -36,6 +38,7 @@ def collect(config: Config) -> dict[str, Any]:
         "student": config.student.model_dump(),
         "teacher": config.teacher.model_dump(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "prompts": read_prompts(config),
         "experiments": {name: _result(config, name) for name in config.experiments},
     }
 
@@ -55,19 +58,26 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table as Markdown, with what stands behind it."""
-    header, *rows = _rows(results)
-    lines = [
-        f"| {' | '.join(header)} |",
-        "|---" * len(header) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
     data = results["dataset"]
     setting = (
         f"Profile `{results['profile']}`, protocol `{results['protocol']}`, seed {results['seed']}; "
         f"{data['train_rows']} training and {data['test_rows']} test rows "
         f"({data['source']}, {data['answers']} answers)."
     )
-    return "\n".join([f"# Results: {results['profile']}", "", setting, "", *lines, "", _undecided(results)])
+    parts = [f"# Results: {results['profile']}\n", f"{setting}\n", _markdown_table(_rows(results)), _undecided(results)]
+    if results["prompts"]:
+        parts += [
+            "## The teacher behind each prompt\n",
+            "Its largest next-token probability, on average over every fifth question's positions.\n",
+            _markdown_table(prompt_rows(results["prompts"])),
+        ]
+    return "\n".join(parts)
+
+
+def _markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+    header, *others = rows
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in others)]
+    return "\n".join(lines) + "\n"
 
 
 def _result(config: Config, experiment: str) -> dict[str, Any]:
