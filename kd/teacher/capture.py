@@ -175,10 +175,10 @@ def _head_sha256(config: Config) -> str:
 
 def _is_whole(config: Config, prompt: str, tokenizer: Any, examples: list[Example]) -> bool:
     try:
-        open_checked(config, prompt, tokenizer, examples)
+        opened = open_checked(config, prompt, tokenizer, examples)
     except UserError:
         return False
-    return True
+    return opened.manifest.batch_rows == config.teacher.batch_rows
 
 
 def _key(about: list[Any], wanted: list[Reading]) -> str:

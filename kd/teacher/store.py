@@ -314,7 +314,8 @@ def _write_shard(path: Path, kind: Kind, number: int, pending: list[tuple[Readin
     import torch
 
     examples, row = [], 0
-    kept = [rows.to("cpu", torch.float16) for _, rows in pending]
+    together = torch.cat([rows for _, rows in pending]).to(torch.float16).cpu()  # one transfer from the device
+    kept = together.split([len(rows) for _, rows in pending])
     for (reading, _), rows in zip(pending, kept, strict=True):
         examples.append(
             StoredExample(
@@ -329,9 +330,9 @@ def _write_shard(path: Path, kind: Kind, number: int, pending: list[tuple[Readin
         row += len(rows)
     # The shard describes itself, so a process that goes on, or puts shards together, needs nothing else.
     description = json.dumps([example.model_dump() for example in examples], separators=(",", ":"))
-    shapes = {str(kind): (torch.float16, (row, kept[0].shape[1]))}
+    shapes = {str(kind): (together.dtype, tuple(together.shape))}
     with whole_file(path, path.with_suffix(".part")) as work:
-        write_tensors(work, shapes, kept, {"examples": description})
+        write_tensors(work, shapes, [together], {"examples": description})
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,9 @@ def test_what_was_begun_with_other_params_is_not_gone_on_with(
     assert main(["teacher", "base"]) == 0
     assert captured() == expected
     assert not list(PARTIAL.iterdir())
+    write_params(ready | {"teacher": ready["teacher"] | {"batch_rows": 2}})
+    assert main(["teacher", "base"]) == 0
+    assert store.TeacherStore(STORE).manifest.batch_rows == 2
 
 
 def test_a_whole_store_is_left_alone_and_a_damaged_one_captured_again(
