@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ The stages in order, as `dvc repro` runs them:
   kd teacher teacher         the teacher reads the questions behind a prompt
   kd train teacher-kd        a student learns from that prompt's teacher
   kd assess teacher-kd       it answers the test questions
+  kd statistics              how sure the teacher is behind each prompt
   kd report                  the paper's table
 
 What runs is params.yaml; results lie under artifacts/<profile>/. `cp profiles/paper.yaml params.yaml` switches.
@@ -30,6 +32,7 @@ Beside them:
   kd review teacher-kd       decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
+  kd store inspect PATH      what a teacher store holds, every file verified
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
 """
@@ -49,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (WorkFailedError, OSError) as error:
         print(f"kd: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("kd: interrupted; earlier results are as they were, run the same command again", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "earlier results are as they were, run the same command again"
+        print(f"kd: interrupted; {kept}", file=sys.stderr)
         return 130
     return 0
 
@@ -67,20 +71,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_extract(commands)
     _add_audit(commands)
     _add_data(commands)
+    _add_store(commands)
     return parser
 
 
+def _add_configured(
+    commands: Any, name: str, run: Callable[[Config, argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    """A command that reads the params file."""
+
+    def with_config(options: argparse.Namespace) -> None:
+        from kd.config import load_config
+
+        run(load_config(options.params), options)
+
+    sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="the experiment (params.yaml)")
+    sub.set_defaults(run=with_config)
+    return sub
+
+
 def _add_stages(commands: Any) -> None:
-    def stage(name: str, run: Callable[[Config, argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        def with_config(options: argparse.Namespace) -> None:
-            from kd.config import load_config
-
-            run(load_config(options.params), options)
-
-        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="the experiment (params.yaml)")
-        sub.set_defaults(run=with_config)
-        return sub
+    stage = partial(_add_configured, commands)
 
     stage("prepare", _prepare, "write the training and test rows to artifacts/<profile>/data")
     stage("head", _head, "keep the teacher's final norm and output head, once for all prompts")
@@ -90,6 +102,8 @@ def _add_stages(commands: Any) -> None:
     train.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters`, such as teacher-kd")
     assess = stage("assess", _assess, "let one student answer the test questions")
     assess.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as no-distillation")
+    statistics = stage("statistics", _statistics, "measure how sure the teacher is behind each prompt")
+    statistics.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     report = stage("report", _report, "score every log, write the report and print the table")
     report.add_argument("--json", action="store_true", help="print results.json instead of the table")
     review = stage("review", _review, "decide by hand the responses of one experiment that no rule settles")
@@ -142,6 +156,25 @@ def _add_data(commands: Any) -> None:
     sub.set_defaults(run=_fetch)
 
 
+def _add_store(commands: Any) -> None:
+    store = commands.add_parser("store", help="look into a teacher store, or exchange it with the paper's notebooks")
+    commands = store.add_subparsers(metavar="COMMAND", required=True)
+    text = "verify every file of a store and say what it holds"
+    sub = commands.add_parser("inspect", help=text, description=text)
+    sub.add_argument("path", metavar="PATH", type=Path, help="such as artifacts/mini/teacher/base")
+    sub.add_argument("--json", action="store_true", help="print one JSON document")
+    sub.set_defaults(run=_store_inspect)
+    text = "write a store's logits as the notebooks' one safetensors file"
+    sub = commands.add_parser("export", help=text, description=text)
+    sub.add_argument("path", metavar="PATH", type=Path, help="such as artifacts/mini/teacher/base")
+    sub.add_argument("file", metavar="FILE", type=Path, help="the file to write")
+    sub.set_defaults(run=_store_export)
+    sub = _add_configured(commands, "import", _store_import, "make a store of the notebooks' one safetensors file")
+    sub.add_argument("file", metavar="FILE", type=Path, help="the notebooks' file, keys `Question 1` and so on")
+    sub.add_argument("path", metavar="PATH", type=Path, help="the store to make, such as artifacts/paper/teacher/base")
+    sub.add_argument("--prompt", metavar="NAME", required=True, help="the prompt that the file was captured with")
+
+
 def _prepare(config: Config, _: argparse.Namespace) -> None:
     from kd.dataset import prepare
 
@@ -179,6 +212,14 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
     from kd.assess.score import assess
 
     assess(config, options.experiment)
+
+
+def _statistics(config: Config, options: argparse.Namespace) -> None:
+    from kd.report.tables import aligned
+    from kd.report.teachers import measure_prompts, rows
+
+    found = measure_prompts(config)
+    _print(json.dumps(found, indent=1) if options.json else aligned(rows(found)))
 
 
 def _report(config: Config, options: argparse.Namespace) -> None:
@@ -233,6 +274,28 @@ def _fetch(options: argparse.Namespace) -> None:
 
     fetched = fetch(source=options.source or SOURCE)
     print(f"{DATA}: {', '.join(fetched) + ' fetched' if fetched else 'all files are there'}", file=sys.stderr)
+
+
+def _store_inspect(options: argparse.Namespace) -> None:
+    from kd.teacher.inspect import inspect, text
+
+    found = inspect(options.path)
+    _print(json.dumps(found, indent=1) if options.json else text(found))
+
+
+def _store_export(options: argparse.Namespace) -> None:
+    from kd.teacher.exchange import export_logits
+
+    export_logits(options.path, options.file)
+
+
+def _store_import(config: Config, options: argparse.Namespace) -> None:
+    from kd.config import choose
+
+    choose(options.prompt, config.prompts, "prompt", "prompts")
+    from kd.teacher.exchange import import_logits
+
+    import_logits(config, options.file, options.path, options.prompt)
 
 
 def _print(document: str) -> None:

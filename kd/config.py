@@ -95,11 +95,23 @@ Model = Annotated[BundledModel | FolderModel | HubModel, Field(discriminator="so
 
 
 class Teacher(Params):
-    """The model whose distributions are kept. `dtype` is that of its weights while it runs."""
+    """The model whose distributions are kept. `dtype` is that of its weights while it runs.
+
+    `batch_rows` questions share a forward; 1, as published, gives the model's own bits, more are padded to one length.
+    `cache` is exllamav2's, which `load_autosplit` leaves room for.
+    """
 
     backend: Literal["transformers", "exllamav2"]
     model: Model
     dtype: Dtype
+    batch_rows: Count = 1
+    cache: Literal["q4", "q6", "q8"] | None = None
+
+    @model_validator(mode="after")
+    def _cache_is_exllamav2s(self) -> Teacher:
+        if self.cache and self.backend != "exllamav2":
+            raise ValueError(f"cache: belongs to `backend: exllamav2`, not to {self.backend}; remove it")
+        return self
 
 
 class Student(Params):

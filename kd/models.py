@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd import config, smollm2
 from kd.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cache_folder() -> Path:
@@ -79,6 +82,14 @@ def encode(tokenizer: Any, text: str, *, bos: bool, limit: int | None = None) ->
     """
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return ([tokenizer.bos_token_id, *ids] if bos else list(ids))[:limit]
+
+
+def pad_right(batch: list[list[int]]) -> torch.Tensor:
+    """Token ids [rows, longest], filled up with token 0 behind each row, where a causal model does not look."""
+    import torch
+
+    longest = max(map(len, batch))
+    return torch.tensor([token_ids + [0] * (longest - len(token_ids)) for token_ids in batch])
 
 
 def vocabulary_sha256(tokenizer: Any) -> str:

@@ -35,6 +35,9 @@ RESULTS: dict[str, PublishedResult] = {
     "ground-truth-kd": PublishedResult("Ground truth-KD", 48.14, 635),
 }
 
+# The teacher's mean largest next-token probability behind a prompt (assessment/prob-stats.ipynb).
+MEAN_MAX_PROBABILITY = {"base": 0.573, "confidence": 0.5205}
+
 # The log of each experiment. Confidence-KD's was published raw, without the numbers taken from its responses.
 LOGS = {
     "no-distillation": "no-distil.csv",

@@ -25,6 +25,7 @@ def test_profiles_load_and_hold_the_six_published_experiments(profile: str) -> N
 def test_paper_profile_states_the_published_protocol() -> None:
     config = load_config(PROFILES / "paper.yaml")
     distill = config.distill
+    assert (config.teacher.cache, config.teacher.batch_rows) == ("q6", 1)
     assert (distill.temperature, distill.alpha) == (5.942267335064758, 0.6093348343631224)
     assert (distill.learning_rate, distill.momentum, distill.weight_decay) == (5e-6, 0.9, 1e-2)
     assert (distill.epochs, distill.cosine_steps, distill.max_tokens) == (2, 2638, 256)
@@ -58,6 +59,7 @@ def test_paper_profile_states_the_published_protocol() -> None:
             "teacher.model.revision: String should match",
         ),
         ("dtype: float32", "dtype: float64", "teacher.dtype: expected 'float32', 'bfloat16' or 'float16'"),
+        ("dtype: float32", "dtype: float32\n  cache: q6", "teacher: cache: belongs to `backend: exllamav2`"),
         ("profile: mini", "profile: ../mini", "profile: String should match"),
         ("seed: 1", "seed: [1", "not readable as YAML"),
         ("epochs: 2", "epochs: 2\n  epochs: 3", "duplicate key"),

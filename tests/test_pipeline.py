@@ -75,7 +75,7 @@ def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path) -> None:
     assert len(results["experiments"]) == 6
     assert all(result["rows"] == 4 for result in results["experiments"].values())
     first = outputs(clone)
-    assert len(first) == 18  # data, head, 4 teachers, 5 adapters, 6 logs, report
+    assert len(first) == 19  # data, head, 4 teachers, statistics, 5 adapters, 6 logs, report
 
     assert "up to date" in repro(clone)
 
@@ -106,7 +106,7 @@ def test_a_killed_stage_leaves_no_result_and_runs_again(clone: Path, stage: str)
     folder = {"train@base-kd": "adapters/base-kd", "teacher@base": "teacher/base"}[stage]
     md5 = expected[f"artifacts/mini/{folder}"]
     (clone / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()  # or DVC restores the result instead of running
-    work = clone / ".partial" / f"mini-{folder.replace('/', '-')}"
+    work = f"mini-{folder.replace('/', '-')}*"  # a teacher's has the fingerprint of what shapes its result behind it
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     process = subprocess.Popen(
         ["dvc", "repro", "--single-item", "--force", stage],
@@ -117,12 +117,12 @@ def test_a_killed_stage_leaves_no_result_and_runs_again(clone: Path, stage: str)
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while not work.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not list((clone / ".partial").glob(work)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert work.exists()
+    assert list((clone / ".partial").glob(work))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (clone / "artifacts/mini" / folder).exists()
     repro(clone, "--single-item", stage)
     assert outputs(clone) == expected
-    assert not work.exists()
+    assert not list((clone / ".partial").glob(work))

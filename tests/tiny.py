@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from kd import miniature
 
 
-def make_tiny_llama(folder: Path, seed: int = 0, vocabulary: int = 400) -> Path:
-    """A two-layer Llama with random weights and a byte-level tokenizer trained on the miniature."""
+def make_tiny_llama(folder: Path, seed: int = 0, vocabulary: int = 400, **config: Any) -> Path:
+    """A two-layer Llama with random weights and a byte-level tokenizer trained on the miniature; `config` overrides."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,17 +28,17 @@ def make_tiny_llama(folder: Path, seed: int = 0, vocabulary: int = 400) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
     ).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-        initializer_range=0.5,  # the usual 0.02 makes all distributions nearly uniform and every test blind
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    shape = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.5,  # the usual 0.02 makes all distributions nearly uniform and every test blind
+    }
+    LlamaForCausalLM(LlamaConfig(**(shape | config))).save_pretrained(folder)
     return folder

@@ -144,7 +144,7 @@ def _log(live: Any, loss: Loss, learning_rate: float, match: Match) -> None:
 
 
 def _check_vocabulary(student: Any, store: TeacherStore) -> None:
-    teacher_size, student_size = store.head.weight.shape[0], student.config.vocab_size
+    teacher_size, student_size = store.head.vocabulary_size, student.config.vocab_size
     if teacher_size != student_size:
         raise UserError(
             f"{store.folder}: the teacher has {teacher_size} logits, the student {student_size}; "

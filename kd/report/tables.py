@@ -13,6 +13,8 @@ from kd.files import whole_folder, write_json, write_text
 from kd.published import RESULTS
 from kd.report.plots import accuracy_chart
 from kd.report.statistics import compare_pairs, wilson_interval
+from kd.report.teachers import read_prompts
+from kd.report.teachers import rows as prompt_rows
 
 HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "By hand", "Undecided", "Published")
 PAIRS_HEADER = ("first", "second", "difference", "95 % interval", "only first", "only second", "p", "p (Holm)")
@@ -40,6 +42,7 @@ def collect(config: Config) -> dict[str, Any]:
         "student": config.student.model_dump(),
         "teacher": config.teacher.model_dump(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "prompts": read_prompts(config),
         "experiments": {name: _result(name, scored) for name, scored in scores.items()},
         "comparisons": [
             asdict(pair) for pair in compare_pairs({name: scored.right for name, scored in scores.items()}, config.seed)
@@ -68,16 +71,21 @@ def markdown(results: dict[str, Any]) -> str:
         f"{data['train_rows']} training and {data['test_rows']} test rows "
         f"({data['source']}, {data['answers']} answers)."
     )
-    return "\n".join(
-        [
-            f"# Results: {results['profile']}\n",
-            f"{setting}\n",
-            _markdown_table(_rows(results)),
-            _undecided(results),
-            f"{PAIRS_TITLE}:\n",
-            _markdown_table(pair_rows(results["comparisons"])),
+    parts = [
+        f"# Results: {results['profile']}\n",
+        f"{setting}\n",
+        _markdown_table(_rows(results)),
+        _undecided(results),
+        f"{PAIRS_TITLE}:\n",
+        _markdown_table(pair_rows(results["comparisons"])),
+    ]
+    if results["prompts"]:
+        parts += [
+            "## The teacher behind each prompt\n",
+            "Its largest next-token probability, on average over every fifth question's positions.\n",
+            _markdown_table(prompt_rows(results["prompts"])),
         ]
-    )
+    return "\n".join(parts)
 
 
 def pair_rows(comparisons: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:

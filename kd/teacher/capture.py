@@ -2,46 +2,87 @@
 
 Protocol `published` (llama-3.1-405b-6bpw/inference_gsm8k*.ipynb): prompt + question as plain text, no BOS, no chat
 template, one forward per question, every position kept.
+
+The work is cut into shards of a fixed number of questions. A killed run goes on at its first missing shard, several
+processes do a part of the shards each, and either way the finished store has the same bytes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kd import models
-from kd.config import Config, Teacher
+from kd.config import Config
 from kd.dataset import Example, read_examples
-from kd.errors import UserError
-from kd.files import whole_folder
+from kd.distributed import take_gpus, this_process, wait_for_others
+from kd.errors import UserError, WorkFailedError
+from kd.files import put_in_place, remove_stale, unfinished_folder, whole_folder
 from kd.progress import progress
 from kd.prompts import PROMPTS, primed
-from kd.teacher import store
-from kd.teacher.backends import transformers as backend
+from kd.teacher import backends, store
+from kd.teacher.store import Reading, StoreWriter
+
+if TYPE_CHECKING:
+    import torch
 
 TEACHER_BOS = False
 
 
 def write_head(config: Config) -> None:
     """Keep the teacher's final norm and output head, once for all prompts."""
-    teacher = _load(config.teacher)
+    teacher = backends.load(config.teacher, longest=1)
     with whole_folder(config.artifacts / "teacher" / store.HEAD_FOLDER) as work:
-        store.write_head(work, backend.identity(config.teacher), teacher.head())
+        store.write_head(work, backends.identity(config.teacher), teacher.head())
 
 
 def capture(config: Config, prompt: str) -> None:
-    """Write the store of one prompt: the teacher's states for every training question."""
-    folder = config.artifacts / "teacher"
+    """Write the store of one prompt: the teacher's states for every training question.
+
+    A store that is whole and right already is left alone. An unfinished one is gone on with, if teacher, prompt, data
+    and libraries are those it was begun with.
+    """
+    process = this_process()
+    take_gpus(process)
+    target = config.artifacts / "teacher" / prompt
+    tokenizer = models.load_tokenizer(models.model_folder(config.teacher.model))
     examples = read_examples(config.artifacts / "data" / "train.jsonl")
-    head, _ = store.read_head(folder / store.HEAD_FOLDER)
-    teacher = _load(config.teacher)
-    with whole_folder(folder / prompt) as work:
-        writer = store.StoreWriter(
-            work, backend.identity(config.teacher), prompt_record(prompt), tokenization(teacher.tokenizer)
-        )
-        for example in progress(examples, f"teacher, {prompt}", "question"):
-            token_ids = teacher_token_ids(teacher.tokenizer, prompt, example)
-            writer.add(example.id, token_ids, teacher.states(token_ids))
-        writer.finish(head.sha256)
+    head_sha256 = _head_sha256(config)
+    if _is_whole(config, prompt, tokenizer, examples):
+        print(f"{target}: is there and right; remove it to capture it again", file=sys.stderr)
+        return
+    wanted = readings(tokenizer, prompt, examples)
+    model = backends.identity(config.teacher)
+    about = (model, prompt_record(prompt), tokenization(tokenizer))
+    key = _key([*(record.model_dump() for record in about), head_sha256, config.teacher.batch_rows], wanted)
+    work = unfinished_folder(target, key)
+    writer = StoreWriter(work, *about, batch_rows=config.teacher.batch_rows)
+    shards = range(ceil(len(wanted) / writer.shard_examples))
+    with _tells_what_is_kept(work, writer, shards):
+        _capture_missing(config, prompt, wanted, writer, process.part(len(shards)))
+        if process.rank == 0:
+            remove_stale(target, key)
+            wait_for_others(lambda: len(missing(writer, shards)), f"teacher, {prompt}, waiting for other processes")
+            manifest = writer.finish(head_sha256)
+            if [example.reading for example in manifest.examples] != wanted:
+                raise WorkFailedError(f"{work}: not every question is there once; remove the folder and capture again")
+            put_in_place(work, target)
+
+
+def readings(tokenizer: Any, prompt: str, examples: list[Example]) -> list[Reading]:
+    """What the teacher reads for each example, and which of its rows are kept: all."""
+    found = []
+    for example in examples:
+        token_ids = teacher_token_ids(tokenizer, prompt, example)
+        found.append(Reading(example.id, token_ids, (0, len(token_ids))))
+    return found
 
 
 def teacher_token_ids(tokenizer: Any, prompt: str, example: Example) -> list[int]:
@@ -50,10 +91,16 @@ def teacher_token_ids(tokenizer: Any, prompt: str, example: Example) -> list[int
 
 
 def open_checked(config: Config, prompt: str, tokenizer: Any, examples: list[Example]) -> store.TeacherStore:
-    """The store of one prompt, refused unless it is this teacher's for these examples as `tokenizer` reads them."""
+    """The store of one prompt, refused unless every file of it is right and it is this teacher's for these examples
+    as `tokenizer` reads them."""
     opened = store.TeacherStore(config.artifacts / "teacher" / prompt)
-    expected = {example.id: teacher_token_ids(tokenizer, prompt, example) for example in examples}
-    opened.check(backend.identity(config.teacher), prompt_record(prompt), tokenization(tokenizer), expected)
+    opened.check(
+        backends.identity(config.teacher),
+        prompt_record(prompt),
+        tokenization(tokenizer),
+        readings(tokenizer, prompt, examples),
+    )
+    opened.verify()
     return opened
 
 
@@ -67,10 +114,96 @@ def tokenization(tokenizer: Any) -> store.Tokenization:
     return store.Tokenization(bos=TEACHER_BOS, vocabulary_sha256=models.vocabulary_sha256(tokenizer))
 
 
-def _load(teacher: Teacher) -> backend.TransformersTeacher:
-    if teacher.backend != "transformers":
-        raise UserError(
-            f"teacher.backend: {teacher.backend} is not in this version yet; "
-            "`backend: transformers` runs any Llama folder"
-        )
-    return backend.TransformersTeacher(teacher)
+def missing(writer: StoreWriter, shards: range) -> list[int]:
+    """Which of `shards` are not there."""
+    return [number for number in shards if not writer.has_shard(number)]
+
+
+def fill(
+    teacher: backends.LoadedTeacher,
+    wanted: list[Reading],
+    writer: StoreWriter,
+    todo: list[int],
+    batch_rows: int,
+    bar: Any,
+) -> None:
+    """Let the teacher read the questions of the shards in `todo`, and write these."""
+    for number in todo:
+        group = _group(wanted, number, writer.shard_examples)
+        writer.begin_shard(number)
+        for reading, rows in zip(group, _states(teacher, group, batch_rows, bar), strict=True):
+            writer.add(reading.example_id, reading.token_ids, rows, reading.span)
+    writer.flush()
+
+
+def _capture_missing(config: Config, prompt: str, wanted: list[Reading], writer: StoreWriter, shards: range) -> None:
+    """Capture what is missing of `shards`; loads the teacher only if something is."""
+    todo = missing(writer, shards)
+    if not todo:
+        return
+    teacher = backends.load(config.teacher, max(len(reading.token_ids) for reading in wanted))
+    sizes = {number: len(_group(wanted, number, writer.shard_examples)) for number in shards}
+    with progress((), f"teacher, {prompt}", "question", sum(sizes.values())) as bar:
+        bar.update(sum(sizes[number] for number in shards if number not in todo))
+        fill(teacher, wanted, writer, todo, config.teacher.batch_rows, bar)
+
+
+def _group(wanted: list[Reading], number: int, size: int) -> list[Reading]:
+    """The questions of one shard."""
+    return wanted[number * size : (number + 1) * size]
+
+
+def _states(teacher: backends.LoadedTeacher, group: list[Reading], batch_rows: int, bar: Any) -> list[torch.Tensor]:
+    """The states of one shard's questions, in their order; questions of like length share a forward."""
+    order = sorted(range(len(group)), key=lambda i: (-len(group[i].token_ids), i))
+    states: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), batch_rows):
+        batch = order[start : start + batch_rows]
+        states.update(zip(batch, teacher.states([group[i].token_ids for i in batch]), strict=True))
+        bar.update(len(batch))
+    return [states[i] for i in range(len(group))]
+
+
+def _head_sha256(config: Config) -> str:
+    """The checksum of the head that the states belong to, refused if it is another model's."""
+    folder, model = config.artifacts / "teacher" / store.HEAD_FOLDER, backends.identity(config.teacher)
+    head = store.read_head_manifest(folder)
+    if str(head.model) != str(model):
+        raise UserError(f"{folder}: the head of {head.model}, not of {model}; run `kd head` again")
+    return head.sha256
+
+
+def _is_whole(config: Config, prompt: str, tokenizer: Any, examples: list[Example]) -> bool:
+    try:
+        opened = open_checked(config, prompt, tokenizer, examples)
+    except UserError:
+        return False
+    return opened.manifest.batch_rows == config.teacher.batch_rows
+
+
+def _key(about: list[Any], wanted: list[Reading]) -> str:
+    """A short fingerprint of everything that shapes a store's bytes: what a finished one says, and the device."""
+    document = json.dumps([about, _device(), [astuple(reading) for reading in wanted]])
+    return hashlib.sha256(document.encode()).hexdigest()[:16]
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _tells_what_is_kept(work: Path, writer: StoreWriter, shards: range) -> Iterator[None]:
+    """Let whoever stops the work, or learns that it failed, know what the next run starts with."""
+
+    def kept() -> str:
+        there = len(shards) - len(missing(writer, shards))
+        return f"{there} of {len(shards)} shards are kept in {work}; the same command goes on from there"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept()) from None
+    except (OSError, RuntimeError) as error:  # a full disk, a failing GPU
+        raise WorkFailedError(f"{' '.join(str(error).split())}; {kept()}") from error

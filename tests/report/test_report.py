@@ -74,6 +74,17 @@ def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.usefixtures("logs")
+def test_the_teachers_certainty_stands_behind_the_table_where_it_was_measured() -> None:
+    assert main(["report"]) == 0
+    assert "The teacher behind each prompt" not in (REPORT / "results.md").read_text()
+    one = {"mean_max_probability": 0.57312, "positions": 900, "questions": 7, "published": 0.573}
+    Path("artifacts/mini/statistics.json").write_text(json.dumps({"base": one}))
+    assert main(["report"]) == 0
+    assert "| base | 0.5731 | 900 of 7 questions | 0.573 |" in (REPORT / "results.md").read_text()
+    assert json.loads((REPORT / "results.json").read_text())["prompts"] == {"base": one}
+
+
+@pytest.mark.usefixtures("logs")
 def test_same_bytes_twice() -> None:
     assert main(["report"]) == 0
     before = {path.name: path.read_bytes() for path in REPORT.iterdir()}

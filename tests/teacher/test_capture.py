@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_llama
 
@@ -16,6 +19,7 @@ from kd import models
 from kd.cli import main
 from kd.dataset import read_examples
 from kd.prompts import primed
+from kd.teacher import store
 from kd.teacher.store import TeacherStore
 
 STORE = Path("artifacts/mini/teacher/teacher")
@@ -34,14 +38,14 @@ def captured(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]
 
 @pytest.mark.usefixtures("captured")
 def test_rebuilt_logits_are_the_teachers_own(tiny_llama: Path) -> None:
-    store = TeacherStore(STORE)
+    opened = TeacherStore(STORE)
     model = models.load_model(tiny_llama, "float32", "cpu")
     tokenizer = models.load_tokenizer(tiny_llama)
     for example in read_examples(Path("artifacts/mini/data/train.jsonl")):
         token_ids = tokenizer(primed("teacher", example.question), add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
             expected = model(torch.tensor([token_ids])).logits[0]
-        rebuilt = store.logits(example.id)
+        rebuilt = opened.logits(example.id)
         assert rebuilt.shape == (len(token_ids), tokenizer.vocab_size)
         # The state is kept as float16, eleven significant bits.
         assert (rebuilt - expected).abs().max() < 2e-3 * expected.abs().max()
@@ -59,6 +63,7 @@ def test_manifest_says_what_the_store_is() -> None:
 @pytest.mark.usefixtures("captured")
 def test_same_bytes_twice() -> None:
     before = {path: path.read_bytes() for path in STORE.parent.rglob("*.*")}
+    shutil.rmtree(STORE.parent)
     for command in (["head"], ["teacher", "teacher"], ["teacher", "base"]):
         assert main(command) == 0
     assert {path: path.read_bytes() for path in STORE.parent.rglob("*.*")} == before
@@ -67,7 +72,8 @@ def test_same_bytes_twice() -> None:
 def edit_manifest(change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads(MANIFEST.read_text())
     change(manifest)
-    MANIFEST.write_text(json.dumps(manifest))
+    del manifest["seal"]
+    MANIFEST.write_text(store._sealed(manifest))
 
 
 def reorder_rows() -> None:
@@ -80,8 +86,9 @@ def reorder_rows() -> None:
 
 def exchange_states() -> None:
     """The manifest is right, but two examples' rows have changed places in the shard."""
-    states = load_file(SHARD)["states"]
-    save_file({"states": states.flip(0).contiguous()}, SHARD)
+    with safe_open(SHARD, "pt") as file:
+        states, metadata = file.get_tensor("states"), file.metadata()
+    save_file({"states": states.flip(0).contiguous()}, SHARD, metadata)
 
 
 def flip_a_bit() -> None:
@@ -122,15 +129,19 @@ def another_head() -> None:
     ("damage", "message"),
     [
         (reorder_rows, "teacher row 1: example 'train-00002' where the data has 'train-00001'"),
-        (exchange_states, "row 1 (train-00001): its states are not those that were captured"),
-        (flip_a_bit, "row 12 (train-00012): its states are not those that were captured"),
+        (exchange_states, "states-00000.safetensors: its states are not those that were captured"),
+        (flip_a_bit, "states-00000.safetensors: its states are not those that were captured"),
         (cut_the_shard, "states-00000.safetensors: missing or cut short"),
         (SHARD.unlink, "states-00000.safetensors: missing or cut short"),
         (drop_the_last_row, "holds 11 examples where the data has 12"),
         (exchange_stores, "captured with prompt 'base', not 'teacher'"),
-        (another_question, "row 5 (train-00005): other tokens than the data's question"),
+        (another_question, "row 5 (train-00005): other tokens than the data's question: token"),
         (another_head, "head.safetensors: missing or not what its manifest says; run `kd head` again"),
         (lambda: edit_manifest(lambda m: m.update(version=9)), "not a store this version reads (version:"),
+        (
+            lambda: MANIFEST.write_text(MANIFEST.read_text().replace("torch", "porch")),
+            "manifest.json: changed since it",
+        ),
         (lambda: MANIFEST.write_text("{"), "manifest.json: the manifest of a teacher store is not readable"),
         (MANIFEST.unlink, "manifest.json: no such file"),
     ],
@@ -173,10 +184,19 @@ def test_unknown_prompt_and_missing_data_exit_2(
     assert "train.jsonl: no such file; run `kd prepare`" in capsys.readouterr().err
 
 
-def test_exllamav2_is_refused_with_what_works(
-    tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+def test_exllamav2_without_a_gpu_is_refused_with_what_to_do(
+    tiny_params: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tiny_params["teacher"]["backend"] = "exllamav2"
+    tiny_params["teacher"] |= {"backend": "exllamav2", "dtype": "float16", "cache": "q6"}
     write_params(tiny_params)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["head"]) == 2
-    assert "exllamav2 is not in this version yet" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "exllamav2 needs an NVIDIA GPU and none is visible; run on a machine that has one" in error
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "exllamav2", None)
+    assert main(["head"]) == 2
+    assert "exllamav2 does not import" in capsys.readouterr().err

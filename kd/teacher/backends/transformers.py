@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd import config, models
 from kd.errors import UserError
-from kd.teacher.store import ModelIdentity, TeacherHead
+from kd.teacher.store import TeacherHead
 
 if TYPE_CHECKING:
     import torch
@@ -18,14 +17,13 @@ class TransformersTeacher:
     """One teacher, loaded."""
 
     def __init__(self, teacher: config.Teacher) -> None:
-        self._folder = models.model_folder(teacher.model)
+        folder = models.model_folder(teacher.model)
         self._device = models.default_device()
-        self.tokenizer = models.load_tokenizer(self._folder)
-        self._model = models.load_model(self._folder, teacher.dtype, self._device)
-        self._norm, self._head = final_modules(self._model, self._folder)
+        self._model = models.load_model(folder, teacher.dtype, self._device)
+        self._norm, self._head = final_modules(self._model, folder)
 
-    def states(self, token_ids: list[int]) -> torch.Tensor:
-        """One forward over [tokens] without the head: the final hidden states before the norm, [tokens, hidden]."""
+    def states(self, batch: list[list[int]]) -> list[torch.Tensor]:
+        """One forward over a batch without the head: per row the final hidden states before the norm."""
         import torch
 
         seen: list[torch.Tensor] = []
@@ -36,25 +34,14 @@ class TransformersTeacher:
         hook = self._norm.register_forward_pre_hook(keep)
         try:
             with torch.inference_mode():
-                self._model.model(torch.tensor([token_ids], device=self._device), use_cache=False)
+                self._model.model(models.pad_right(batch).to(self._device), use_cache=False)
         finally:
             hook.remove()
-        return seen[0][0]
+        return [states[: len(token_ids)] for states, token_ids in zip(seen[0], batch, strict=True)]
 
     def head(self) -> TeacherHead:
         """The final norm and the output head, in the model's dtype."""
         return TeacherHead(self._norm.weight.detach(), self._head.weight.detach(), self._norm.variance_epsilon)
-
-
-def identity(teacher: config.Teacher) -> ModelIdentity:
-    """Who this teacher is, without loading it."""
-    return ModelIdentity(
-        name=models.model_name(teacher.model),
-        revision=getattr(teacher.model, "revision", None),
-        dtype=teacher.dtype,
-        backend="transformers",
-        versions={name: version(name) for name in ("torch", "transformers")},
-    )
 
 
 def final_modules(model: Any, folder: Path) -> tuple[Any, Any]:

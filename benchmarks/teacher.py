@@ -1,0 +1,350 @@
+"""Questions per second, memory and exactness of the teacher's capture, beside the notebook's own loop.
+
+    python benchmarks/teacher.py [--exl2 FOLDER]     on a GPU with exllamav2; writes benchmarks/results/teacher.json
+    python benchmarks/teacher.py --tiny              the same steps on a CPU, with transformers; writes nothing
+
+The model is a random Llama of 1B shape with a vocabulary of 128256, made on the spot; `--exl2` adds the exactness of a
+quantized one. The notebook's loop (llama-3.1-405b-6bpw/inference_gsm8k.ipynb) is written anew: a forward with all
+logits, `gc.collect`, `empty_cache`, the logits to the CPU and into a list. Ours is the whole way to a finished store on
+disk. Both read questions of the same lengths in the same run, in turns; medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from result import write_result
+
+from kd.config import FolderModel, Teacher
+from kd.distill.objective import reverse_kl
+from kd.progress import progress
+from kd.teacher import backends, store
+from kd.teacher.capture import fill
+from kd.teacher.store import Prompt, Reading, StoreWriter, TeacherHead, TeacherStore, Tokenization
+
+ROUNDS = 3
+TEMPERATURE = 5.942267335064758
+ABOUT = (Prompt(name="base", text=""), Tokenization(bos=False, vocabulary_sha256=""))
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured: a model's shape, and how many questions each way reads a round."""
+
+    llama: dict[str, int]
+    batch_rows: int
+    notebook: int
+    single: int
+    batched: int
+    wide_hidden: int  # of the head whose product is timed: the 405B teacher's
+
+
+FULL = Size(
+    {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    batch_rows=32,
+    notebook=24,
+    single=256,
+    batched=2638,
+    wide_hidden=16384,
+)
+TINY = Size(
+    {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    batch_rows=8,
+    notebook=8,
+    single=40,
+    batched=80,
+    wide_hidden=256,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: does the script work?")
+    parser.add_argument("--exl2", type=Path, help="a quantized model whose exactness is measured as well")
+    options = parser.parse_args()
+    size = TINY if options.tiny else FULL
+    backend = "transformers" if options.tiny else "exllamav2"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_llama(folder / "llama", size)
+        teacher, loaded = load(folder / "llama", backend, size)
+        questions = make_questions(size.batched, size.llama["vocab_size"])
+        measured: dict[str, Any] = {"host memory during capture": host_memory(teacher, loaded, questions, folder)}
+        measured |= compare_speed(teacher, loaded, questions, size, folder)
+        measured["exactness"] = {"unquantized": exactness(teacher, loaded, questions, folder)}
+        measured["rebuilding"] = rebuilding(size)
+        if options.exl2:
+            quantized, loaded = load(options.exl2, backend, size)
+            vocabulary = loaded.head().vocabulary_size
+            questions = make_questions(size.batched, vocabulary)
+            measured["exactness"]["quantized"] = exactness(quantized, loaded, questions, folder)
+    medians = {name: way["questions_per_s"]["median"] for name, way in measured["ways"].items()}
+    figures = {
+        "speedup_single": medians["one question a forward"] / medians["notebook's loop"],
+        "speedup_batched": medians["batches"] / medians["notebook's loop"],
+        "bytes_per_token": measured["ways"]["one question a forward"]["bytes_per_token"],
+        "hidden_size": float(size.llama["hidden_size"]),
+    }
+    if options.tiny:
+        print(measured, figures, sep="\n")
+    else:
+        write_result("teacher", figures, measured)
+
+
+def make_llama(folder: Path, size: Size) -> None:
+    """A Llama with random float16 weights and a tokenizer that no one asks."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**size.llama, max_position_embeddings=2048, rope_theta=500000.0, tie_word_embeddings=False)
+    with torch.device(device()):
+        model = LlamaForCausalLM(config).half()
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+
+
+def make_questions(count: int, vocabulary: int) -> list[Reading]:
+    """Random token ids, as long as GSM8K's questions are: 60 on average, few below 20 or above 150."""
+    chance = random.Random(0)
+    lengths = [min(max(int(chance.lognormvariate(4.0, 0.4)), 12), 250) for _ in range(count)]
+    return [
+        Reading(f"train-{i:05d}", [chance.randrange(vocabulary) for _ in range(length)], (0, length))
+        for i, length in enumerate(lengths, start=1)
+    ]
+
+
+def load(folder: Path, backend: Any, size: Size) -> tuple[Teacher, Any]:
+    teacher = Teacher(
+        backend=backend,
+        model=FolderModel(source="folder", path=str(folder)),
+        dtype="float16" if backend == "exllamav2" else "float32",
+        batch_rows=size.batch_rows,
+        cache="q6" if backend == "exllamav2" else None,
+    )
+    return teacher, backends.load(teacher, longest=256)
+
+
+def compare_speed(teacher: Teacher, loaded: Any, questions: list[Reading], size: Size, folder: Path) -> dict[str, Any]:
+    """Rounds of the notebook's loop, of one question a forward and of batches, in turns."""
+    ways: dict[str, Callable[[], int]] = {
+        "notebook's loop": lambda: notebook_loop(loaded, questions[: size.notebook]),
+        "one question a forward": lambda: capture(teacher, loaded, questions[: size.single], 1, folder / "single"),
+        "batches": lambda: capture(teacher, loaded, questions, size.batch_rows, folder / "batched"),
+    }
+    counts = {"notebook's loop": size.notebook, "one question a forward": size.single, "batches": size.batched}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for number in range(ROUNDS + 1):  # the first warms up
+        for name, way in ways.items():
+            with peaks() as peak:
+                start = time.perf_counter()
+                written = way()
+                taken = time.perf_counter() - start
+            tokens = sum(len(question.token_ids) for question in questions[: counts[name]])
+            if number:
+                found[name].append(
+                    {"questions_per_s": counts[name] / taken, "bytes_per_token": written / tokens} | peak
+                )
+    return {"ways": {name: summary(rounds) | {"questions": counts[name]} for name, rounds in found.items()}}
+
+
+def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    rates = [one["questions_per_s"] for one in rounds]
+    return {
+        "questions_per_s": {"median": statistics.median(rates), "values": rates},
+        "bytes_per_token": rounds[0]["bytes_per_token"],
+        "host_gib": max(one["host_gib"] for one in rounds),
+        "device_gib": max(one["device_gib"] for one in rounds),
+    }
+
+
+def notebook_loop(loaded: Any, questions: list[Reading]) -> int:
+    """The original's loop without its last step, the saving; returns the bytes that its file takes."""
+    logits = []
+    for question in questions:
+        output = plain_logits(loaded, question.token_ids)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logits.append(output.to("cpu"))
+    return sum(one.nbytes for one in logits)
+
+
+def plain_logits(loaded: Any, token_ids: list[int]) -> torch.Tensor:
+    """The model's own forward with all logits, [1, tokens, vocabulary]."""
+    ids = torch.tensor([token_ids])
+    if hasattr(loaded, "model"):
+        logits: torch.Tensor = loaded.model.forward(ids)
+        return logits
+    with torch.inference_mode():
+        return loaded._model(ids).logits
+
+
+def capture(teacher: Teacher, loaded: Any, questions: list[Reading], batch_rows: int, folder: Path) -> int:
+    """A whole store on disk; returns its bytes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    writer = StoreWriter(folder, backends.identity(teacher), *ABOUT, batch_rows=batch_rows)
+    shards = list(range(-(-len(questions) // writer.shard_examples)))
+    with progress((), "capture", "question", len(questions)) as bar:
+        fill(loaded, questions, writer, shards, batch_rows, bar)
+    head = folder.parent / store.HEAD_FOLDER
+    writer.finish(store.read_head_manifest(head).sha256 if head.exists() else None)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def exactness(teacher: Teacher, loaded: Any, questions: list[Reading], folder: Path) -> dict[str, Any]:
+    """How far logits rebuilt from a store are from the model's own, and what that does to the loss."""
+    questions = questions[:64]
+    shutil.rmtree(folder / store.HEAD_FOLDER, ignore_errors=True)
+    (folder / store.HEAD_FOLDER).mkdir()
+    store.write_head(folder / store.HEAD_FOLDER, backends.identity(teacher), loaded.head())
+    capture(teacher, loaded, questions, 1, folder / "exact")
+    opened = TeacherStore(folder / "exact")
+    opened.head = opened.head.to(device())
+    bit_for_bit, difference, deviation, loss = True, 0.0, 0.0, 0.0
+    for question in questions:
+        own = plain_logits(loaded, question.token_ids)[0].to(device())
+        if hasattr(loaded, "final_modules"):
+            norm, head = loaded.final_modules()
+            with torch.inference_mode():
+                through_modules = head.forward(norm.forward(opened.states(question.example_id).to(own.device)[None]))[0]
+            bit_for_bit &= torch.equal(through_modules, own)
+        rebuilt = opened.logits(question.example_id)
+        difference = max(difference, float((rebuilt - own).abs().max()))
+        deviation = float(own.float().std())
+        student = own.float() + deviation * torch.randn_like(own.float())
+        losses = [float(reverse_kl(student.double() / TEMPERATURE, t.double() / TEMPERATURE)) for t in (own, rebuilt)]
+        loss = max(loss, abs(losses[1] / losses[0] - 1))
+    return {
+        "questions": len(questions),
+        "bit for bit through the model's modules": bit_for_bit if hasattr(loaded, "final_modules") else None,
+        "largest difference through the stored head": difference,
+        "standard deviation of the logits": deviation,
+        "largest relative difference of the reverse-KL loss": loss,
+        "batched": batched_difference(loaded, questions[: teacher.batch_rows]),
+    }
+
+
+def batched_difference(loaded: Any, questions: list[Reading]) -> dict[str, float]:
+    """How far states move in a right-padded batch."""
+    batch = [question.token_ids for question in questions]
+    together = loaded.states(batch)
+    alone = [loaded.states([token_ids])[0] for token_ids in batch]
+    moved = max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True))
+    return {"rows": len(batch), "largest difference of states": moved, "their deviation": float(alone[0].float().std())}
+
+
+def host_memory(teacher: Teacher, loaded: Any, questions: list[Reading], folder: Path) -> dict[str, float]:
+    """GiB of host memory that a capture in batches takes above the loaded model's, by number of questions."""
+    found = {}
+    for count in (min(100, len(questions)), len(questions)):
+        with peaks() as peak:
+            capture(teacher, loaded, questions[:count], teacher.batch_rows, folder / "memory")
+        found[str(count)] = peak["host_gib"]
+    return found
+
+
+def rebuilding(size: Size) -> dict[str, Any]:
+    """Logits per second from stored states of the 405B teacher's width, beside the device's own matmul rate."""
+    hidden, vocabulary = size.wide_hidden, size.llama["vocab_size"]
+    dtype = torch.float16 if device() == "cuda" else torch.float32
+    square = min(8192, 32 * hidden // 4)
+    a, b = (torch.randn(square, square, device=device(), dtype=dtype) for _ in range(2))
+    rate = 2 * square**3 / seconds_each(lambda: a @ b)
+    weight = torch.randn(vocabulary, hidden, device=device(), dtype=dtype)
+    head = TeacherHead(torch.ones(hidden, device=device()), weight, 1e-5)
+    found: dict[str, Any] = {"hidden": hidden, "vocabulary": vocabulary, "matmul_tflops": rate / 1e12}
+    for tokens in (64, 256, 1024):
+        states = torch.randn(tokens, hidden, dtype=torch.float16)
+        there = states.to(device())
+        taken = seconds_each(lambda there=there: head.logits(there))  # type: ignore[misc]
+        found[f"{tokens} tokens"] = {
+            "ms": taken * 1e3,
+            "share_of_matmul": 2 * tokens * hidden * vocabulary / taken / rate,
+            "ms_from_host_memory": seconds_each(lambda states=states: head.logits(states)) * 1e3,  # type: ignore[misc]
+        }
+    return found
+
+
+def seconds_each(work: Callable[[], object], times: int = 20) -> float:
+    for _ in range(3):
+        work()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronize()
+    return (time.perf_counter() - start) / times
+
+
+@contextmanager
+def peaks() -> Iterator[dict[str, float]]:
+    """How far resident host memory and allocated device memory climb inside the block, in GiB above its beginning."""
+    gc.collect()
+    peak: dict[str, float] = {}
+    stop, highest = threading.Event(), [resident()]
+    began, began_device = resident(), 0
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            highest[0] = max(highest[0], resident())
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        began_device = torch.cuda.memory_allocated()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        watcher.join()
+    device_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    peak |= {"host_gib": (highest[0] - began) / GIB, "device_gib": (device_peak - began_device) / GIB}
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

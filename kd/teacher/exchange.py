@@ -1,0 +1,77 @@
+"""Stores in exchange with the paper's notebooks: one safetensors file a prompt, `Question 1` … `Question N`, each the
+float16 logits [1, tokens, vocabulary] of one question (llama-3.1-405b-6bpw/inference_gsm8k*.ipynb, `save_logits`).
+
+Neither way holds more than a few questions in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kd import models
+from kd.config import Config
+from kd.dataset import read_examples
+from kd.errors import UserError
+from kd.files import whole_file, whole_folder
+from kd.progress import progress
+from kd.teacher import backends
+from kd.teacher.capture import prompt_record, readings, tokenization
+from kd.teacher.store import Reading, StoreWriter, TeacherStore
+from kd.teacher.tensors import write_tensors
+
+
+def export_logits(folder: Path, file: Path) -> None:
+    """Write the store in `folder` as the notebooks would have: its logits, in the order of safetensors' own writer."""
+    import torch
+
+    opened = TeacherStore(folder)
+    opened.head = opened.head.to(models.default_device())
+    examples = {f"Question {i}": example for i, example in enumerate(opened.manifest.examples, start=1)}
+    names = sorted(examples)
+    width = opened.head.vocabulary_size
+    shapes = {name: (torch.float16, (1, examples[name].rows, width)) for name in names}
+    logits = (opened.logits(examples[name].id).half() for name in progress(names, f"export to {file.name}", "question"))
+    with whole_file(file, file.with_name(f"{file.name}.part")) as work:
+        write_tensors(work, shapes, logits)
+
+
+def import_logits(config: Config, file: Path, folder: Path, prompt: str) -> None:
+    """Make a store of kind `logits` of the notebooks' `file`, taken to be what the params' teacher said behind `prompt`
+    to the prepared training questions; a UserError names the question that does not fit."""
+    tokenizer = models.load_tokenizer(models.model_folder(config.teacher.model))
+    wanted = readings(tokenizer, prompt, read_examples(config.artifacts / "data" / "train.jsonl"))
+    tensors = _open(file)
+    if len(tensors.keys()) != len(wanted):
+        raise UserError(f"{file}: holds {len(tensors.keys())} tensors where the data has {len(wanted)} questions")
+    # The libraries that computed the file are not known.
+    model = backends.identity(config.teacher).model_copy(update={"versions": {}})
+    with whole_folder(folder) as work:
+        writer = StoreWriter(work, model, prompt_record(prompt), tokenization(tokenizer), kind="logits")
+        for number, reading in enumerate(progress(wanted, f"import {file.name}", "question"), start=1):
+            logits = _logits(file, tensors, f"Question {number}", reading)
+            writer.add(reading.example_id, reading.token_ids, logits, reading.span)
+        writer.finish(head_sha256=None)
+
+
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{file}: not a safetensors file ({error})") from None
+
+
+def _logits(file: Path, tensors: Any, name: str, reading: Reading) -> Any:
+    import torch
+
+    if name not in tensors.keys():  # noqa: SIM118  (not a dictionary)
+        raise UserError(f"{file}: has no {name!r}; its keys should be 'Question 1' to 'Question N'")
+    logits, tokens = tensors.get_tensor(name), len(reading.token_ids)
+    if logits.dtype != torch.float16 or logits.ndim != 3 or logits.shape[:2] != (1, tokens):
+        raise UserError(
+            f"{file}: {name!r} is {str(logits.dtype).removeprefix('torch.')} {list(logits.shape)} where the {tokens} "
+            f"tokens of {reading.example_id} need float16 [1, {tokens}, vocabulary]; check its prompt and tokenizer"
+        )
+    return logits[0]

@@ -1,0 +1,236 @@
+"""A capture that is killed, fails or is spread over processes ends in the same bytes as one that is not."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # which the first forward imports: before the forks, not in each of them
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401  (likewise)
+
+from kd.cli import main
+from kd.distributed import Process, this_process
+from kd.errors import UserError
+from kd.files import PARTIAL
+from kd.teacher import store
+from kd.teacher.backends.transformers import TransformersTeacher
+
+STORE = Path("artifacts/mini/teacher/base")
+KILLS = 20
+
+
+@pytest.fixture
+def ready(
+    tiny_params: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, Any]:
+    """A working folder ready to capture seven shards; its params."""
+    monkeypatch.setattr(store, "SHARD_EXAMPLES", 2)
+    tiny_params["dataset"]["train_rows"] = 13
+    write_params(tiny_params)
+    assert main(["prepare"]) == 0
+    assert main(["head"]) == 0
+    return tiny_params
+
+
+@pytest.fixture
+def expected(ready: dict[str, Any]) -> dict[str, bytes]:
+    """The files of an uninterrupted capture, which is removed again."""
+    del ready
+    assert main(["teacher", "base"]) == 0
+    found = captured()
+    shutil.rmtree(STORE)
+    return found
+
+
+def captured() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in STORE.iterdir()}
+
+
+def in_a_fresh_process(work: Callable[[], None]) -> None:
+    """Run `work` where torch has no threads yet, so that it can fork; an assertion that fails there fails here."""
+    process = multiprocessing.get_context("spawn").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def fork_capture(**environment: str) -> int:
+    """Start `kd teacher base` with everything imported already; the process's id."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    store.SHARD_EXAMPLES = 2
+    torch.set_num_threads(1)  # more only get in each other's way with so small a model
+    os._exit(main(["teacher", "base"]))
+
+
+def uninterrupted() -> dict[str, bytes]:
+    """The files of a capture in one process, which is removed again."""
+    assert os.waitpid(fork_capture(), 0)[1] == 0
+    found = captured()
+    shutil.rmtree(STORE)
+    return found
+
+
+def kill_at_random_points() -> None:
+    """Kill a capture again and again until it comes through, compare, and start over until it was killed enough."""
+    began = time.monotonic()
+    expected = uninterrupted()
+    whole_s = time.monotonic() - began
+    chance, kills, resumed = random.Random(0), 0, 0
+    while kills < KILLS:
+        while not STORE.exists():
+            resumed += any(PARTIAL.glob("*/states-*"))
+            child = fork_capture()
+            if kills < KILLS:
+                time.sleep(chance.uniform(0.3, 1) * whole_s)
+                os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+            kills += os.WIFSIGNALED(status)
+        assert captured() == expected
+        assert not list(PARTIAL.iterdir())
+        shutil.rmtree(STORE)
+    assert resumed > 2  # or nothing was ever left to go on with
+
+
+def capture_with_two_processes() -> None:
+    expected = uninterrupted()
+    children = [fork_capture(RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert captured() == expected
+    late = fork_capture(SLURM_PROCID="1", SLURM_NTASKS="2")  # its part is done and in place
+    assert os.waitpid(late, 0)[1] == 0
+    assert not list(PARTIAL.iterdir())
+
+
+@pytest.mark.usefixtures("ready")
+def test_killed_at_twenty_random_points_the_next_runs_end_in_the_same_bytes() -> None:
+    in_a_fresh_process(kill_at_random_points)
+
+
+@pytest.mark.usefixtures("ready")
+def test_two_processes_make_the_same_store_as_one() -> None:
+    in_a_fresh_process(capture_with_two_processes)
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def gpu_fault(*_: object) -> None:
+    raise RuntimeError("CUDA error: unspecified launch failure\nFor debugging consider ...")
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "failure", "status", "message"),
+    [
+        (store, "write_tensors", no_space, 1, "No space left on device; 3 of 7 shards are kept in"),
+        (TransformersTeacher, "states", gpu_fault, 1, "CUDA error: unspecified launch failure For debugging consider"),
+        (TransformersTeacher, "states", interrupt, 130, "interrupted; 3 of 7 shards are kept in .partial/mini-teacher"),
+    ],
+)
+def test_a_failure_says_what_is_kept_and_the_same_command_goes_on(
+    owner: Any,
+    method: str,
+    failure: Callable[..., None],
+    status: int,
+    message: str,
+    expected: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls, original = 0, getattr(owner, method)
+
+    def fails_in_the_fourth_shard(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > (3 if owner is store else 6):
+            failure()
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, fails_in_the_fourth_shard)
+        assert main(["teacher", "base"]) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert "the same command goes on from there" in error
+    assert not STORE.exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in PARTIAL.glob("*/states-*.safetensors")}
+    assert len(kept) == 3
+    assert main(["teacher", "base"]) == 0
+    assert captured() == expected
+    assert {name: (STORE / name).stat().st_mtime_ns for name in kept} == kept  # not captured again
+    assert not list(PARTIAL.iterdir())
+
+
+def test_what_was_begun_with_other_params_is_not_gone_on_with(
+    ready: dict[str, Any],
+    expected: dict[str, bytes],
+    write_params: Callable[[dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store.StoreWriter, "finish", interrupt)
+        write_params(ready | {"teacher": ready["teacher"] | {"batch_rows": 2}})
+        assert main(["teacher", "base"]) == 130
+    assert len(list(PARTIAL.iterdir())) == 1
+    write_params(ready)
+    assert main(["teacher", "base"]) == 0
+    assert captured() == expected
+    assert not list(PARTIAL.iterdir())
+    write_params(ready | {"teacher": ready["teacher"] | {"batch_rows": 2}})
+    assert main(["teacher", "base"]) == 0
+    assert store.TeacherStore(STORE).manifest.batch_rows == 2
+
+
+def test_a_whole_store_is_left_alone_and_a_damaged_one_captured_again(
+    expected: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["teacher", "base"]) == 0
+    shard = STORE / "states-00003.safetensors"
+    before = shard.stat().st_mtime_ns
+    assert main(["teacher", "base"]) == 0
+    assert "is there and right" in capsys.readouterr().err
+    assert shard.stat().st_mtime_ns == before
+    shard.write_bytes(bytes(len(expected[shard.name])))
+    assert main(["teacher", "base"]) == 0
+    assert captured() == expected
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 83])
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_parts_are_every_item_once(count: int, world: int) -> None:
+    parts = [Process(rank, world, rank, world).part(count) for rank in range(world)]
+    assert [item for part in parts for item in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_launcher_says_which_process_this_is() -> None:
+    assert this_process({}) == Process(0, 1, 0, 1)
+    assert this_process({"RANK": "1", "WORLD_SIZE": "4"}) == Process(1, 4, 1, 4)
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "SLURM_PROCID": "0"}
+    assert this_process(torchrun) == Process(5, 8, 1, 4)
+    slurm = {"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "2"}
+    assert this_process(slurm) == Process(2, 4, 0, 2)
+    with pytest.raises(UserError, match="RANK is 2 where WORLD_SIZE is 2; ranks count from 0 to 1"):
+        this_process({"RANK": "2", "WORLD_SIZE": "2"})
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two'"):
+        this_process({"RANK": "1", "WORLD_SIZE": "two"})
