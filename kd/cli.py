@@ -29,6 +29,7 @@ What runs is params.yaml; results lie under artifacts/<profile>/. `cp profiles/p
 Beside them:
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
+  kd search teacher-kd       alpha and T by Bayesian search
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
 """
@@ -89,6 +90,11 @@ def _add_stages(commands: Any) -> None:
     train.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters`, such as teacher-kd")
     assess = stage("assess", _assess, "let one student answer the test questions")
     assess.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as no-distillation")
+    search = stage("search", _search, "search alpha and T for one student: Bayesian, resumable, by many processes")
+    search.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters` that has a teacher")
+    search.add_argument("--storage", metavar="URL", help="a database that several hosts share (an SQLite file)")
+    search.add_argument("--on-test", action="store_true", help="judge on the test split, as the original did; unfair")
+    search.add_argument("--json", action="store_true", help="print best.json")
     report = stage("report", _report, "score every log, write the report and print the table")
     report.add_argument("--json", action="store_true", help="print results.json instead of the table")
 
@@ -169,6 +175,19 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
     from kd.assess.score import assess
 
     assess(config, options.experiment)
+
+
+def _search(config: Config, options: argparse.Namespace) -> None:
+    from kd.config import choose
+
+    choose(options.experiment, list(config.adapters), "experiment", "adapters")
+    from kd.distill.search import search
+
+    best = search(config, options.experiment, options.storage, options.on_test)
+    if options.json:
+        _print(json.dumps(best, indent=1))
+    else:
+        _print("\n".join(f"{name}: {value}" for name, value in best.items()))
 
 
 def _report(config: Config, options: argparse.Namespace) -> None:

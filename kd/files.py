@@ -29,15 +29,21 @@ def whole_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
     _remove(work)
     work.mkdir(parents=True)
     yield work
-    _sync_tree(work)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    replaced = work.with_name(work.name + ".replaced")
-    _remove(replaced)
-    if target.exists():
-        target.rename(replaced)
-    work.rename(target)
-    _sync(target.parent)
-    _remove(replaced)
+    _move(work, target)
+
+
+@contextmanager
+def resumable_folder(target: Path, key: str) -> Iterator[Path]:
+    """`whole_folder` for work that goes on where a killed run stopped: its folder, `.partial/<name>-<key>`, is not
+    cleared. `key` is a SHA-256 of everything that shapes the result; folders of `target` with another key are."""
+    work = _partial(target)
+    work = work.with_name(f"{work.name}-{key[:16]}")
+    for stale in PARTIAL.glob(f"{_partial(target).name}-{'[0-9a-f]' * 16}"):
+        if stale != work:
+            _remove(stale)
+    work.mkdir(parents=True, exist_ok=True)
+    yield work
+    _move(work, target)
 
 
 @contextmanager
@@ -122,6 +128,19 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move(work: Path, target: Path) -> None:
+    """Put a finished folder in `target`'s place, which holds all of the old one or all of the new one."""
+    _sync_tree(work)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replaced = work.with_name(work.name + ".replaced")
+    _remove(replaced)
+    if target.exists():
+        target.rename(replaced)
+    work.rename(target)
+    _sync(target.parent)
+    _remove(replaced)
 
 
 def _partial(target: Path) -> Path:

@@ -8,11 +8,12 @@ from typing import Any
 
 from kd.assess.score import read_score
 from kd.config import Config
-from kd.files import whole_folder, write_json, write_text
-from kd.published import RESULTS
+from kd.files import read_json, whole_folder, write_json, write_text
+from kd.published import CHECK_LOSSES, RESULTS
 from kd.report.plots import accuracy_chart
 from kd.report.statistics import wilson_interval
 
+CHECK = "check.json"  # what training leaves beside an adapter
 HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "Undecided", "Published")
 
 
@@ -37,6 +38,7 @@ def collect(config: Config) -> dict[str, Any]:
         "teacher": config.teacher.model_dump(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "experiments": {name: _result(config, name) for name in config.experiments},
+        "check_losses": _check_losses(config),
     }
 
 
@@ -67,7 +69,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"{data['train_rows']} training and {data['test_rows']} test rows "
         f"({data['source']}, {data['answers']} answers)."
     )
-    return "\n".join([f"# Results: {results['profile']}", "", setting, "", *lines, "", _undecided(results)])
+    parts = (f"# Results: {results['profile']}", "", setting, "", *lines, "", _undecided(results))
+    return "\n".join(parts) + _check_table(results)
 
 
 def _result(config: Config, experiment: str) -> dict[str, Any]:
@@ -82,6 +85,31 @@ def _result(config: Config, experiment: str) -> dict[str, Any]:
         "undecided": score.undecided,
         "published_accuracy": published.accuracy / 100 if published else None,
     }
+
+
+def _check_losses(config: Config) -> dict[str, Any]:
+    """The original's check of each adapter that is there: mean cross entropy over the test rows, misaligned as in its
+    training, beside the published one."""
+    found = {}
+    for adapter in config.adapters:
+        path = config.artifacts / "adapters" / adapter / CHECK
+        if path.exists():
+            loss = read_json(path, "an adapter's check loss")["check_loss"]
+            found[adapter] = {"check_loss": loss, "published": CHECK_LOSSES.get(adapter)}
+    return found
+
+
+def _check_table(results: dict[str, Any]) -> str:
+    """The check losses as Markdown, nothing where no adapter is there."""
+    if not results["check_losses"]:
+        return ""
+    rows = [
+        f"| {name} | {loss['check_loss']:.3f} | {loss['published'] or 'none'} |\n"
+        for name, loss in results["check_losses"].items()
+    ]
+    head = "| Adapter | Check loss | Published |\n|---|---|---|\n"
+    what = "Check loss after training, the original's own: mean cross entropy of answer token i at question position i."
+    return f"\n{what}\n\n{head}{''.join(rows)}"
 
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:

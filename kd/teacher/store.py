@@ -61,10 +61,11 @@ class Tokenization(_Record):
 
 
 class StoredExample(_Record):
-    """Where one example's rows lie: rows start:stop of a shard, one per token."""
+    """Where one example's rows lie: rows start:stop of a shard, those of the tokens `span` of `token_ids`."""
 
     id: str
     token_ids: list[int]
+    span: tuple[int, int]
     shard: int
     start: int
     stop: int
@@ -162,8 +163,8 @@ class StoreWriter:
         self._shards = 0
         self._hidden_size = 0
 
-    def add(self, example_id: str, token_ids: list[int], states: torch.Tensor) -> None:
-        """Add one example: `states` [tokens, hidden], one row per token id, kept as float16."""
+    def add(self, example_id: str, token_ids: list[int], states: torch.Tensor, span: tuple[int, int]) -> None:
+        """Add one example: `states` [rows, hidden], one per token of `token_ids[slice(*span)]`, kept as float16."""
         import torch
 
         rows = states.to("cpu", torch.float16)
@@ -172,6 +173,7 @@ class StoreWriter:
             StoredExample(
                 id=example_id,
                 token_ids=token_ids,
+                span=span,
                 shard=self._shards,
                 start=start,
                 stop=stop,
@@ -225,11 +227,15 @@ class TeacherStore:
         self._verify()
 
     def check(
-        self, model: ModelIdentity, prompt: Prompt, tokenization: Tokenization, expected: dict[str, list[int]]
+        self,
+        model: ModelIdentity,
+        prompt: Prompt,
+        tokenization: Tokenization,
+        expected: dict[str, tuple[list[int], tuple[int, int]]],
     ) -> None:
         """Refuse a store that is not this teacher's for `prompt`, this tokenizer and these examples in this order.
 
-        `expected` maps each example id to the token ids the teacher must have read.
+        `expected` maps each example id to the token ids the teacher must have read and the span of its rows.
         """
         found = self.manifest
         again = f"run `kd teacher {prompt.name}` again"
@@ -251,7 +257,7 @@ class TeacherStore:
                 raise UserError(
                     f"{self.folder} row {row}: example {example.id!r} where the data has {wanted!r}; {again}"
                 )
-            if example.token_ids != expected[wanted]:
+            if (example.token_ids, example.span) != expected[wanted]:
                 raise UserError(f"{self.folder} row {row} ({wanted}): other tokens than the data's question; {again}")
 
     def states(self, example_id: str) -> torch.Tensor:
@@ -279,10 +285,10 @@ class TeacherStore:
     def _verify(self) -> None:
         for row, example in enumerate(self.manifest.examples, start=1):
             states = self.states(example.id)
-            if list(states.shape) != [len(example.token_ids), self.manifest.hidden_size]:
+            start, stop = example.span
+            if list(states.shape) != [stop - start, self.manifest.hidden_size]:
                 raise UserError(
-                    f"{self.folder} row {row} ({example.id}): {len(states)} states for "
-                    f"{len(example.token_ids)} tokens; "
+                    f"{self.folder} row {row} ({example.id}): {len(states)} states for {stop - start} tokens; "
                     f"run `kd teacher {self.manifest.prompt.name}` again"
                 )
             if _checksum(states) != example.sha256:

@@ -24,7 +24,7 @@ def write_store(folder: Path, examples: dict[str, torch.Tensor], head: TeacherHe
         folder / "base", MODEL, Prompt(name="base", text=""), Tokenization(bos=False, vocabulary_sha256="")
     )
     for example_id, states in examples.items():
-        writer.add(example_id, list(range(len(states))), states)
+        writer.add(example_id, list(range(len(states))), states, (0, len(states)))
     writer.finish(manifest.sha256)
     return TeacherStore(folder / "base")
 

@@ -1,0 +1,206 @@
+"""One update: from a batch of matched rows to new adapter weights, launched kernel by kernel or as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kd.config import Distill
+from kd.distill.alignment import Match
+from kd.distill.lean import LeanLlama
+from kd.distill.objective import Teacher, distillation_loss
+from kd.errors import UserError
+
+if TYPE_CHECKING:
+    from kd.teacher.store import TeacherHead
+
+# Shapes are padded to multiples of this, so that few graphs serve all lengths; a step's time hardly depends on it,
+# since up to about 200 tokens it goes into reading the weights.
+BUCKET = 32
+
+States = Callable[[str], torch.Tensor]
+
+
+class Batch(NamedTuple):
+    """The examples of one update, as tensors.
+
+    `input_ids` [examples, tokens] are padded on the right; `rows` [n] point into [examples * tokens] and meet `labels`
+    [n], the teacher's `states` [n, teacher hidden] (None without a teacher) and `weights` [n]: every example counts
+    alike, and its rows alike, as in batches of one; 0 where a row is padding.
+    """
+
+    input_ids: torch.Tensor
+    rows: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    states: torch.Tensor | None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The batch with every tensor changed."""
+        states = self.states if self.states is None else change(self.states)
+        return Batch(change(self.input_ids), change(self.rows), change(self.labels), change(self.weights), states)
+
+    def present(self) -> list[torch.Tensor]:
+        """The tensors it has."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+def make_batch(matches: list[Match], states: States | None, bucket: int = 1) -> Batch:
+    """Pad `matches` to multiples of `bucket`; `states` gives the teacher's rows for an example's id."""
+    width = _round_up(max(len(match.input_ids) for match in matches), bucket)
+    count = sum(len(match.labels) for match in matches)
+    height = _round_up(count, bucket)
+    input_ids = torch.zeros(len(matches), width, dtype=torch.int64)
+    rows, labels = torch.zeros(height, dtype=torch.int64), torch.zeros(height, dtype=torch.int64)
+    weights = torch.zeros(height)
+    theirs = []
+    at = 0
+    for i, match in enumerate(matches):
+        input_ids[i, : len(match.input_ids)] = torch.tensor(match.input_ids)
+        here = slice(at, at + len(match.labels))
+        first = i * width + match.first_row
+        rows[here] = torch.arange(first, first + len(match.labels))
+        labels[here] = torch.tensor(match.labels)
+        weights[here] = 1 / (len(matches) * len(match.labels))
+        if states and match.teacher_id:
+            theirs.append(states(match.teacher_id)[: len(match.labels)])
+        at = here.stop
+    if not theirs:
+        return Batch(input_ids, rows, labels, weights, None)
+    padding = theirs[0].new_zeros(height - count, theirs[0].shape[1])
+    return Batch(input_ids, rows, labels, weights, torch.cat([*theirs, padding]))
+
+
+class Descent:
+    """The student's trained weights and their momenta, and how one update changes them (SGD with momentum and weight
+    decay, as `torch.optim.SGD` does it)."""
+
+    def __init__(self, student: Any, hidden: Callable[[torch.Tensor], torch.Tensor], settings: Distill) -> None:
+        named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self.weights: dict[str, torch.Tensor] = named
+        self.momenta = {name: torch.zeros_like(p) for name, p in named.items()}
+        self._hidden = hidden
+        self._head = student.get_base_model().lm_head.weight
+        self._settings = settings
+
+    def gradients(self, batch: Batch, head: TeacherHead | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Loss, cross entropy and divergence [3] of a batch on the student's device, and the weights' gradients."""
+        hidden = self._hidden(batch.input_ids).flatten(0, 1).index_select(0, batch.rows)
+        teacher = Teacher(head, batch.states) if head and batch.states is not None else None
+        loss = distillation_loss(hidden, self._head, batch.labels, batch.weights, teacher, self._settings)
+        return torch.stack(loss).detach(), list(torch.autograd.grad(loss.total, list(self.weights.values())))
+
+    @torch.no_grad()
+    def apply(self, gradients: list[torch.Tensor], learning_rate: torch.Tensor | float) -> None:
+        """Descend along `gradients`, which are overwritten; a graph reads `learning_rate` from a scalar tensor."""
+        weights, momenta = list(self.weights.values()), list(self.momenta.values())
+        torch._foreach_add_(gradients, weights, alpha=self._settings.weight_decay)
+        torch._foreach_mul_(momenta, self._settings.momentum)
+        torch._foreach_add_(momenta, gradients)
+        torch._foreach_sub_(weights, torch._foreach_mul(momenta, learning_rate))
+
+    def is_finite(self) -> bool:
+        """Whether every trained weight is a finite number."""
+        return all(bool(weight.isfinite().all()) for weight in self.weights.values())
+
+
+class EagerStep:
+    """The reference: the modules' own forward, batches as they come, on any device."""
+
+    bucket = 1
+
+    def __init__(self, student: Any, head: TeacherHead | None, settings: Distill) -> None:
+        model = student.get_base_model().model
+        self.descent = Descent(student, lambda ids: model(ids, use_cache=False).last_hidden_state, settings)
+        self.device = student.device
+        self._head = head
+
+    def __call__(self, batch: Batch, learning_rate: float) -> torch.Tensor:
+        """One update; the losses [3] before it."""
+        losses, gradients = self.descent.gradients(batch, self._head)
+        self.descent.apply(gradients, learning_rate)
+        return losses
+
+
+class GraphStep:
+    """Forward, backward and update as one CUDA graph for each padded shape, all in one pool of memory."""
+
+    bucket = BUCKET
+
+    def __init__(self, student: Any, head: TeacherHead | None, settings: Distill) -> None:
+        self.descent = Descent(student, LeanLlama(student), settings)
+        self.device = student.device
+        self._head = head
+        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
+        self._learning_rate = torch.zeros((), device=student.device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch: Batch, learning_rate: float) -> torch.Tensor:
+        """One update; the losses [3] before it, which the next call overwrites."""
+        shape = (*batch.input_ids.shape, *batch.rows.shape)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(batch)
+        graph, inputs, losses = self._graphs[shape]
+        for held, given in zip(inputs.present(), batch.present(), strict=True):
+            held.copy_(given)
+        self._learning_rate.fill_(learning_rate)
+        graph.replay()
+        return losses
+
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]:
+        """Record an update without doing it: weights, momenta and the random state are as before."""
+        inputs = batch.map(torch.clone)
+        random_state = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.descent.gradients(inputs, self._head)  # libraries allocate their workspaces now, outside the graph
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            losses, gradients = self.descent.gradients(inputs, self._head)
+            self.descent.apply(gradients, self._learning_rate)
+        torch.cuda.set_rng_state(random_state)
+        return graph, inputs, losses
+
+
+def make_step(student: Any, head: TeacherHead | None, settings: Distill) -> EagerStep | GraphStep:
+    """The step that `distill.step` asks for; `head` is the teacher's, None to train on labels alone."""
+    gpu = student.device.type == "cuda"
+    if settings.step == "graph" and not gpu:
+        raise UserError("distill.step: graph needs a CUDA device and there is none; use `auto` or `eager`")
+    kind = EagerStep if settings.step == "eager" or not gpu else GraphStep
+    return kind(student, head.to(str(student.device)) if head else None, settings)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`. On a GPU each is copied on a stream of its own while the one before it is used."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream()
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied = batch.map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            event = stream.record_event()
+        if ahead:
+            yield _arrived(*ahead)
+        ahead = copied, event
+    if ahead:
+        yield _arrived(*ahead)
+
+
+def _arrived(batch: Batch, event: torch.cuda.Event) -> Batch:
+    """Let the current stream wait for the copies, and the allocator know that it uses them."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(event)
+    for tensor in batch.present():
+        tensor.record_stream(stream)
+    return batch
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
