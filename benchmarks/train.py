@@ -12,6 +12,7 @@ measured in the same run. `--tiny` runs the same code on a tiny model, on a CPU 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import statistics
 import time
@@ -27,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kd.config import Distill, load_config
 from kd.distill.alignment import Match
 from kd.distill.objective import Teacher, distillation_loss
-from kd.distill.step import make_step
+from kd.distill.step import BUCKET, Descent, make_batch, make_step
 from kd.distill.train import add_lora, descend, make_deterministic
 from kd.teacher.store import TeacherHead
 
@@ -157,6 +158,43 @@ def our_run(matches: list[Match], states: Any, head: TeacherHead, settings: Dist
     return run
 
 
+def rounding(base: Any, matches: list[Match], states: Any, head: TeacherHead) -> dict[str, dict[str, float]]:
+    """How far losses and gradients are from those of the same student in float32, root mean square of the relative
+    errors: of the modules' forward on unpadded examples (eager) and of the lean one on padded examples (graph)."""
+    exact = gradients_of(copy.deepcopy(base).float(), "eager", matches, states, head)
+    errors = {}
+    for name in ("eager", "lean"):
+        pairs = list(zip(gradients_of(base, name, matches, states, head), exact, strict=True))
+        losses = [(found / wanted - 1).item() for (found, _), (wanted, _) in pairs]
+        gradients = [((found - wanted).norm() / wanted.norm()).item() for (_, found), (_, wanted) in pairs]
+        errors[name] = {"loss": root_mean_square(losses), "gradient": root_mean_square(gradients)}
+    return errors
+
+
+def gradients_of(
+    base: Any, forward: str, matches: list[Match], states: Any, head: TeacherHead
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Loss and gradient of each example, the same adapter each time, no dropout, no update."""
+    make_deterministic(1)
+    student = add_lora(base, PAPER, 0.0).train()
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)  # a new adapter's B is 0, and so the gradient of its A
+    descent = Descent(student, PAPER.distill, lean=forward == "lean")
+    bucket = BUCKET if forward == "lean" else 1
+    found = []
+    for match in matches:
+        batch = make_batch([match], states, bucket).map(lambda tensor: tensor.to(DEVICE))
+        losses, gradient = descent.gradient(batch, head)
+        found.append((losses[0], gradient))
+    student.unload()
+    return found
+
+
+def root_mean_square(values: list[float]) -> float:
+    return statistics.fmean(value**2 for value in values) ** 0.5
+
+
 def seconds_to_copy(size: int) -> float:
     """Seconds to copy `size` bytes on the device, the median of several."""
     source = torch.ones(size, dtype=torch.uint8, device=DEVICE)
@@ -268,6 +306,11 @@ def main() -> None:
             f"{name:<20}  {run['ms_per_step']:>8.2f}  {spread:>16}  {run['peak_gib_over_weights']:>16.2f}  "
             f"{run['losses'][-1]:>9.4f}"
         )
+    empty_cache()
+    errors = rounding(base, matches[:10], states.get, head)
+    for name, error in errors.items():
+        print(f"relative error against float32, {name}: loss {error['loss']:.2e}, gradient {error['gradient']:.2e}")
+    empty_cache()
     compared = objectives(sizes, head)
     for name, found in compared.items():
         print(f"objective, {name:<14}  {found['ms']:.1f} ms  {found['peak_gib']:.2f} GiB  loss {found['loss']:.4f}")
@@ -279,7 +322,13 @@ def main() -> None:
             "step_over_floor": ours["ms_per_step"] / floor,
             "peak_gib_over_weights": ours["peak_gib_over_weights"],
         },
-        {"floor_ms": floor, "copy_tb_s": bandwidth / 1e12, "steps": measured, "objective": compared},
+        {
+            "floor_ms": floor,
+            "copy_tb_s": bandwidth / 1e12,
+            "steps": measured,
+            "rounding": errors,
+            "objective": compared,
+        },
     )
 
 

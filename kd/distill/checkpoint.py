@@ -30,9 +30,7 @@ class Record:
 
 def save(folder: Path, descent: Descent, curve: list[Record]) -> None:
     """Keep the state after the last update of `curve` as `folder`/<its number>, whole, in place of earlier ones."""
-    tensors = {f"weight.{name}": tensor.detach() for name, tensor in descent.weights.items()}
-    tensors |= {f"momentum.{name}": tensor for name, tensor in descent.momenta.items()}
-    tensors |= {f"random.{device}": state for device, state in _random_states().items()}
+    tensors = {"weights": descent.weights, "momenta": descent.momenta, **_random_states()}
     target = folder / f"{len(curve):08d}"
     with whole_folder(target, folder / "unfinished") as work:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, work / "state.safetensors")
@@ -51,10 +49,8 @@ def load(folder: Path, descent: Descent) -> list[Record]:
         tensors = load_file(found[-1] / "state.safetensors")
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{found[-1]}: not a readable checkpoint ({error}); remove it to start anew") from None
-    with torch.no_grad():
-        for name, weight in descent.weights.items():
-            weight.copy_(tensors[f"weight.{name}"])
-            descent.momenta[name].copy_(tensors[f"momentum.{name}"])
+    descent.weights.copy_(tensors["weights"])
+    descent.momenta.copy_(tensors["momenta"])
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -71,5 +67,5 @@ def _found(folder: Path) -> list[Path]:
 
 
 def _random_states() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    states = {"random.cpu": torch.get_rng_state()}
+    return states | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})

@@ -74,36 +74,55 @@ def make_batch(matches: list[Match], states: States | None, bucket: int = 1) -> 
 
 
 class Descent:
-    """The student's trained weights and their momenta, and how one update changes them (SGD with momentum and weight
-    decay, as `torch.optim.SGD` does it)."""
+    """The student's trained weights and their momenta, end to end, and how one update changes them (SGD with momentum
+    and weight decay, as `torch.optim.SGD` does it). The modules' own parameters become views of `weights`.
 
-    def __init__(self, student: Any, hidden: Callable[[torch.Tensor], torch.Tensor], settings: Distill) -> None:
-        named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self.weights: dict[str, torch.Tensor] = named
-        self.momenta = {name: torch.zeros_like(p) for name, p in named.items()}
-        self._hidden = hidden
-        self._head = student.get_base_model().lm_head.weight
+    `lean` computes by the forward of `kd.distill.lean`, else by the modules' own.
+    """
+
+    def __init__(self, student: Any, settings: Distill, *, lean: bool) -> None:
+        self._parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self.weights = torch.cat([p.detach().flatten() for p in self._parameters.values()])
+        self.momenta = torch.zeros_like(self.weights)
+        for name, piece in self._pieces(self.weights).items():
+            self._parameters[name].data = piece
+        self._model = student.get_base_model()
+        self._lean = LeanLlama(student) if lean else None
         self._settings = settings
 
-    def gradients(self, batch: Batch, head: TeacherHead | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Loss, cross entropy and divergence [3] of a batch on the student's device, and the weights' gradients."""
-        hidden = self._hidden(batch.input_ids).flatten(0, 1).index_select(0, batch.rows)
+    def gradient(self, batch: Batch, head: TeacherHead | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss, cross entropy and divergence [3] of a batch on the student's device, and the weights' gradient."""
+        hidden, leaves = self._forward(batch.input_ids)
+        matched = hidden.flatten(0, 1).index_select(0, batch.rows)
         teacher = Teacher(head, batch.states) if head and batch.states is not None else None
-        loss = distillation_loss(hidden, self._head, batch.labels, batch.weights, teacher, self._settings)
-        return torch.stack(loss).detach(), list(torch.autograd.grad(loss.total, list(self.weights.values())))
+        output = self._model.lm_head.weight
+        loss = distillation_loss(matched, output, batch.labels, batch.weights, teacher, self._settings)
+        gradients = torch.autograd.grad(loss.total, leaves)
+        return torch.stack(loss).detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     @torch.no_grad()
-    def apply(self, gradients: list[torch.Tensor], learning_rate: torch.Tensor | float) -> None:
-        """Descend along `gradients`, which are overwritten; a graph reads `learning_rate` from a scalar tensor."""
-        weights, momenta = list(self.weights.values()), list(self.momenta.values())
-        torch._foreach_add_(gradients, weights, alpha=self._settings.weight_decay)
-        torch._foreach_mul_(momenta, self._settings.momentum)
-        torch._foreach_add_(momenta, gradients)
-        torch._foreach_sub_(weights, torch._foreach_mul(momenta, learning_rate))
+    def apply(self, gradient: torch.Tensor, learning_rate: torch.Tensor | float) -> None:
+        """Descend along `gradient`, which is overwritten; a graph reads `learning_rate` from a scalar tensor."""
+        gradient.add_(self.weights, alpha=self._settings.weight_decay)
+        self.momenta.mul_(self._settings.momentum).add_(gradient)
+        self.weights.sub_(self.momenta * learning_rate)
 
     def is_finite(self) -> bool:
         """Whether every trained weight is a finite number."""
-        return all(bool(weight.isfinite().all()) for weight in self.weights.values())
+        return bool(self.weights.isfinite().all())
+
+    def _forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Final hidden states [examples, tokens, hidden], and the tensors that make up the weights."""
+        if self._lean is None:
+            hidden = self._model.model(input_ids, use_cache=False).last_hidden_state
+            return hidden, list(self._parameters.values())
+        leaf = self.weights.detach().requires_grad_()
+        return self._lean(input_ids, self._pieces(leaf.to(self._model.dtype))), [leaf]
+
+    def _pieces(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Tensors end to end, as views by name and in shape."""
+        pieces = flat.split([p.numel() for p in self._parameters.values()])
+        return {name: piece.view(p.shape) for (name, p), piece in zip(self._parameters.items(), pieces, strict=True)}
 
 
 class EagerStep:
@@ -112,15 +131,14 @@ class EagerStep:
     bucket = 1
 
     def __init__(self, student: Any, head: TeacherHead | None, settings: Distill) -> None:
-        model = student.get_base_model().model
-        self.descent = Descent(student, lambda ids: model(ids, use_cache=False).last_hidden_state, settings)
+        self.descent = Descent(student, settings, lean=False)
         self.device = student.device
         self._head = head
 
     def __call__(self, batch: Batch, learning_rate: float) -> torch.Tensor:
         """One update; the losses [3] before it."""
-        losses, gradients = self.descent.gradients(batch, self._head)
-        self.descent.apply(gradients, learning_rate)
+        losses, gradient = self.descent.gradient(batch, self._head)
+        self.descent.apply(gradient, learning_rate)
         return losses
 
 
@@ -130,7 +148,7 @@ class GraphStep:
     bucket = BUCKET
 
     def __init__(self, student: Any, head: TeacherHead | None, settings: Distill) -> None:
-        self.descent = Descent(student, LeanLlama(student), settings)
+        self.descent = Descent(student, settings, lean=True)
         self.device = student.device
         self._head = head
         self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
@@ -156,12 +174,12 @@ class GraphStep:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.descent.gradients(inputs, self._head)  # libraries allocate their workspaces now, outside the graph
+            self.descent.gradient(inputs, self._head)  # libraries allocate their workspaces now, outside the graph
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            losses, gradients = self.descent.gradients(inputs, self._head)
-            self.descent.apply(gradients, self._learning_rate)
+            losses, gradient = self.descent.gradient(inputs, self._head)
+            self.descent.apply(gradient, self._learning_rate)
         torch.cuda.set_rng_state(random_state)
         return graph, inputs, losses
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from kd.config import Distill, load_config
 from kd.distill import checkpoint
 from kd.distill.alignment import Match
-from kd.distill.lean import Joined, LeanLlama
+from kd.distill.lean import Adapters, Joined
 from kd.distill.step import Batch, Descent, EagerStep, make_batch, make_step
 from kd.distill.train import descend
 from kd.errors import UserError
@@ -60,21 +60,19 @@ def test_lean_forward_is_pefts(tiny_llama: Path, settings: Distill, head: Teache
     model = student(tiny_llama, targets)
     matches, states = examples()
     batch = make_batch(matches, states.__getitem__, bucket=32)
-    expected_losses, expected = EagerStep(model, head, settings).descent.gradients(batch, head)
-    losses, gradients = Descent(model, LeanLlama(model), settings).gradients(batch, head)
+    expected_losses, expected = Descent(model, settings, lean=False).gradient(batch, head)
+    losses, gradient = Descent(model, settings, lean=True).gradient(batch, head)
     assert torch.allclose(losses, expected_losses, rtol=1e-5)
-    for found, wanted in zip(gradients, expected, strict=True):
-        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
-    again, _ = EagerStep(model, head, settings).descent.gradients(batch, head)  # the weights became views of the joined
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+    again, _ = Descent(model, settings, lean=False).gradient(batch, head)  # its weights are views of joined ones now
     assert torch.equal(again, expected_losses)
 
 
 def test_lean_dropout_keeps_the_mean_and_differs_between_adapters() -> None:
-    x = torch.ones(1, 64)
-    ups = [torch.ones(1, 1), torch.ones(1, 1)]
-    joined = Joined(torch.zeros(2, 64), [torch.ones(1, 64)] * 2, ups, 1.0, 0.25)
+    adapters = Adapters(["a", "b"], ["c", "d"], torch.eye(2)[..., None], 1.0, 0.25)
+    tuned = {"a": torch.ones(1, 64), "b": torch.ones(1, 64), "c": torch.ones(1, 1), "d": torch.ones(1, 1)}
     torch.manual_seed(0)
-    draws = torch.cat([joined(x) for _ in range(400)])
+    draws = Joined(torch.zeros(2, 64), adapters)(torch.ones(400, 64), tuned)
     assert draws.mean(0).tolist() == pytest.approx([64, 64], rel=0.02)
     assert draws.std(0).tolist() == pytest.approx([(64 / 3) ** 0.5] * 2, rel=0.2)
     assert abs(torch.corrcoef(draws.T)[0, 1]) < 0.2
@@ -84,16 +82,14 @@ def test_padding_changes_nothing_and_a_batch_is_the_mean_of_its_examples(
     tiny_llama: Path, settings: Distill, head: TeacherHead
 ) -> None:
     model = student(tiny_llama, ["q_proj", "v_proj"])
-    descent = EagerStep(model, head, settings).descent
+    descent = Descent(model, settings, lean=False)
     matches, states = examples()
-    alone = [descent.gradients(make_batch([match], states.__getitem__), head) for match in matches]
-    mean_losses = torch.stack([losses for losses, _ in alone]).mean(0)
-    mean_gradients = [torch.stack(parts).mean(0) for parts in zip(*(g for _, g in alone), strict=True)]
+    alone = [descent.gradient(make_batch([match], states.__getitem__), head) for match in matches]
+    mean_losses, mean_gradient = (torch.stack(parts).mean(0) for parts in zip(*alone, strict=True))
     for bucket in (1, 16):
-        losses, gradients = descent.gradients(make_batch(matches, states.__getitem__, bucket), head)
+        losses, gradient = descent.gradient(make_batch(matches, states.__getitem__, bucket), head)
         assert torch.allclose(losses, mean_losses, rtol=1e-5)
-        for found, wanted in zip(gradients, mean_gradients, strict=True):
-            assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+        assert (gradient - mean_gradient).norm() <= 1e-5 * mean_gradient.norm()
 
 
 def test_batch_pads_to_buckets_with_weightless_rows() -> None:
@@ -109,17 +105,16 @@ def test_batch_pads_to_buckets_with_weightless_rows() -> None:
 
 def test_update_is_pytorchs_sgd(tiny_llama: Path, settings: Distill) -> None:
     model = student(tiny_llama, ["q_proj", "o_proj"])
-    descent = Descent(model, lambda _: torch.empty(0), settings)
-    copies = [torch.nn.Parameter(weight.detach().clone()) for weight in descent.weights.values()]
-    optimizer = torch.optim.SGD(copies, lr=0.1, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    descent = Descent(model, settings, lean=False)
+    copy = torch.nn.Parameter(descent.weights.clone())
+    optimizer = torch.optim.SGD([copy], lr=0.1, momentum=settings.momentum, weight_decay=settings.weight_decay)
     for step in range(4):
-        gradients = [torch.randn_like(copy) for copy in copies]
-        for copy, gradient in zip(copies, gradients, strict=True):
-            copy.grad = gradient.clone()
+        copy.grad = torch.randn_like(copy)
+        descent.apply(copy.grad.clone(), 0.1 if step % 2 else torch.tensor(0.1))
         optimizer.step()
-        descent.apply(gradients, 0.1 if step % 2 else torch.tensor(0.1))
-    for found, wanted in zip(descent.weights.values(), copies, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    assert torch.allclose(descent.weights, copy, rtol=1e-6, atol=1e-7)
+    trained = [p.flatten() for p in model.parameters() if p.requires_grad]
+    assert torch.equal(torch.cat(trained), descent.weights)  # the modules have what was trained
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -141,8 +136,7 @@ def test_graph_updates_are_the_eager_ones(tiny_llama: Path, settings: Distill, h
             batch = make_batch([match], states.__getitem__, update.bucket).map(torch.Tensor.cuda)
             update(batch, 0.05)
         trained.append(update.descent.weights)
-    for name, wanted in trained[0].items():
-        assert (trained[1][name] - wanted).norm() <= 1e-4 * wanted.norm()
+    assert (trained[1] - trained[0]).norm() <= 1e-4 * trained[0].norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -162,8 +156,7 @@ def test_graphs_go_on_from_a_checkpoint_dropout_included(
     curve = checkpoint.load(tmp_path, again.descent)
     curve += descend(again, matches, states.__getitem__, settings, done=6)
     assert [record.loss for record in curve] == pytest.approx([record.loss for record in whole], rel=1e-5)
-    for name, wanted in step.descent.weights.items():
-        assert (again.descent.weights[name] - wanted).norm() <= 1e-4 * wanted.norm()
+    assert (again.descent.weights - step.descent.weights).norm() <= 1e-4 * step.descent.weights.norm()
 
 
 def test_map_keeps_a_batch_without_a_teacher_without_one() -> None:
