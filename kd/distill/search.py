@@ -7,10 +7,12 @@ The original judged its trials on the test split, and so chose alpha and T with 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd import models
 from kd.config import Config
 from kd.dataset import read_examples
 from kd.distill.alignment import Match, match_examples
@@ -94,10 +96,11 @@ def _split(config: Config, experiment: str, on_test: bool) -> tuple[Lesson, list
 def _plots(study: optuna.Study, folder: Path) -> None:
     """Optuna's own plots of the study, as PNG."""
     import matplotlib
-
-    matplotlib.use("Agg")
+    from optuna.exceptions import ExperimentalWarning
     from optuna.visualization import matplotlib as plots
 
+    matplotlib.use("Agg")
+    warnings.simplefilter("ignore", ExperimentalWarning)  # these plots have been "experimental" since Optuna 2.2
     for name in ("plot_optimization_history", "plot_slice", "plot_contour", "plot_edf"):
         axes = getattr(plots, name)(study)
         figure = axes.flat[0].figure if hasattr(axes, "flat") else axes.figure

@@ -100,3 +100,14 @@ def test_wilson_interval_is_its_formula(counts: tuple[int, int]) -> None:
     low, high = wilson_interval(correct, rows)
     assert (low, high) == (pytest.approx(middle - arm, abs=1e-9), pytest.approx(middle + arm, abs=1e-9))
     assert 0 <= low <= high <= 1
+
+
+@pytest.mark.usefixtures("logs")
+def test_check_losses_stand_beside_the_published_ones() -> None:
+    adapter = Path("artifacts/mini/adapters/teacher-kd")
+    adapter.mkdir(parents=True)
+    (adapter / "check.json").write_text('{"check_loss": 9.8765, "rows": 6}')
+    assert main(["report"]) == 0
+    results = json.loads((REPORT / "results.json").read_text())
+    assert results["check_losses"] == {"teacher-kd": {"check_loss": 9.8765, "published": 10.402}}
+    assert "| teacher-kd | 9.877 | 10.402 |" in (REPORT / "results.md").read_text()
