@@ -46,7 +46,7 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
             heartbeat_interval=HEARTBEAT_S,
             failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
         ),
-        study_name=f"{experiment}-{'test' if on_test else 'eval'}-{run_key(config, experiment)[:16]}",
+        study_name=f"{experiment}-{'test' if on_test else len(judges)}-{run_key(config, experiment)[:16]}",
         load_if_exists=True,
     )
 
@@ -80,8 +80,6 @@ def _split(config: Config, experiment: str, on_test: bool) -> tuple[Lesson, list
         print(
             "kd: judging on the test split, as the original did; results on it are then no longer fair", file=sys.stderr
         )
-        from kd import models
-
         tests = read_examples(config.artifacts / "data" / "test.jsonl")
         tokenizer = models.load_tokenizer(models.model_folder(config.student.model))
         judges = match_examples(config.distill.protocol, tests, tokenizer, config.distill.max_tokens, None)

@@ -111,7 +111,8 @@ def make_deterministic(seed: int) -> None:
     """One seed for LoRA's initialisation and dropout; the same bits on the same machine."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid: it fills every tensor made twice
+    # A debugging aid that writes every tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def add_lora(base: Any, config: Config, dropout: float) -> Any:
@@ -217,8 +218,9 @@ def _descend(
     step: EagerStep | GraphStep, lesson: Lesson, settings: Distill, curve: list[Record], checkpoints: Path
 ) -> Iterator[Record]:
     """`descend`, with each record added to `curve`, a checkpoint now and then, and an end to a run that diverged."""
+    steps = step_count(lesson.matches.kept, settings)
     for record in descend(step, lesson.matches.kept, lesson.states, settings, len(curve)):
-        due = record.step % settings.checkpoint_every == 0
+        due = record.step % settings.checkpoint_every == 0 or record.step == steps
         if not math.isfinite(record.loss) or (due and not step.descent.is_finite()):
             raise UserError(
                 f"step {record.step} ({', '.join(record.examples)}): the loss became {record.loss} or the weights are "
