@@ -122,8 +122,8 @@ class Distill(Params):
     """The training run that every adapter shares (paper section 3; <experiment>/distill.ipynb).
 
     `batch_rows` examples make one update. `step` picks how it is computed: `eager`, the reference, on any device;
-    `graph`, CUDA graphs; `auto`, graphs where there is a GPU. `jsd_beta` is the teacher's share of the mixture in
-    `divergence: jsd`.
+    `graph`, CUDA graphs; `auto`, graphs where there is a GPU and the student is a Llama. `jsd_beta` is the teacher's
+    share of the mixture in `divergence: jsd`.
     """
 
     protocol: Protocol

@@ -47,7 +47,7 @@ def load(folder: Path, descent: Descent) -> list[Record]:
         return []
     try:
         tensors = load_file(found[-1] / "state.safetensors")
-    except (SafetensorError, FileNotFoundError) as error:
+    except SafetensorError as error:
         raise UserError(f"{found[-1]}: not a readable checkpoint ({error}); remove it to start anew") from None
     descent.weights.copy_(tensors["weights"])
     descent.momenta.copy_(tensors["momenta"])
@@ -63,7 +63,9 @@ def latest(folder: Path) -> Path | None:
 
 
 def _found(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]" * 8))
+    """Whole checkpoints, the latest last; one that a killed run was removing does not count."""
+    files = ("state.safetensors", "curve.json")
+    return [path for path in sorted(folder.glob("[0-9]" * 8)) if all((path / name).exists() for name in files)]
 
 
 def _random_states() -> dict[str, torch.Tensor]:

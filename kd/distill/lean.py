@@ -14,6 +14,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 
+def runs_lean(student: Any) -> bool:
+    """Whether this PEFT student is one whose forward is written out here: a Llama without biases."""
+    model = student.get_base_model()
+    biased = any(getattr(model.config, name, False) for name in ("attention_bias", "mlp_bias", "attention_dropout"))
+    return type(model).__name__ == "LlamaForCausalLM" and not biased
+
+
 class Adapters(NamedTuple):
     """LoRA on layers with one input: the names of A and of B (a zero tensor stands for a layer without an adapter),
     `owners` [sum of outs, adapters, 1], 1 where an output is an adapter's and else 0, and scaling and dropout, common
@@ -59,7 +66,7 @@ class Layer(NamedTuple):
 
 
 class LeanLlama:
-    """A PEFT student's final hidden states in training mode, by its own weights; no biases, as Llama has none."""
+    """A PEFT student's final hidden states in training mode, by its own weights. See `runs_lean`."""
 
     def __init__(self, student: Any) -> None:
         model = student.get_base_model().model

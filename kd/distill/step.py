@@ -9,7 +9,7 @@ import torch
 
 from kd.config import Distill
 from kd.distill.alignment import Match
-from kd.distill.lean import LeanLlama
+from kd.distill.lean import LeanLlama, runs_lean
 from kd.distill.objective import Teacher, distillation_loss
 from kd.errors import UserError
 
@@ -186,10 +186,12 @@ class GraphStep:
 
 def make_step(student: Any, head: TeacherHead | None, settings: Distill) -> EagerStep | GraphStep:
     """The step that `distill.step` asks for; `head` is the teacher's, None to train on labels alone."""
-    gpu = student.device.type == "cuda"
-    if settings.step == "graph" and not gpu:
-        raise UserError("distill.step: graph needs a CUDA device and there is none; use `auto` or `eager`")
-    kind = EagerStep if settings.step == "eager" or not gpu else GraphStep
+    able = student.device.type == "cuda" and runs_lean(student)
+    if settings.step == "graph" and not able:
+        raise UserError(
+            "distill.step: graph needs a CUDA device and a Llama student without biases; use `auto` or `eager`"
+        )
+    kind = GraphStep if able and settings.step != "eager" else EagerStep
     return kind(student, head.to(str(student.device)) if head else None, settings)
 
 

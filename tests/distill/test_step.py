@@ -159,6 +159,16 @@ def test_graphs_go_on_from_a_checkpoint_dropout_included(
     assert (again.descent.weights - step.descent.weights).norm() <= 1e-4 * step.descent.weights.norm()
 
 
+def test_a_checkpoint_half_removed_does_not_count(tiny_llama: Path, settings: Distill, tmp_path: Path) -> None:
+    descent = Descent(student(tiny_llama, ["q_proj"]), settings, lean=False)
+    records = [checkpoint.Record(i, [f"train-{i}"], 1.5, 1.0, None, 0.1) for i in (1, 2)]
+    checkpoint.save(tmp_path, descent, records)
+    assert checkpoint.load(tmp_path, descent) == records
+    (tmp_path / "00000002/state.safetensors").unlink()
+    assert checkpoint.load(tmp_path, descent) == []
+    assert checkpoint.latest(tmp_path) is None
+
+
 def test_map_keeps_a_batch_without_a_teacher_without_one() -> None:
     matches, _ = examples()
     batch = make_batch(matches, None)
