@@ -32,6 +32,7 @@ Beside them:
   kd review teacher-kd       decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
+  kd search teacher-kd       alpha and T by Bayesian search
   kd store inspect PATH      what a teacher store holds, every file verified
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
@@ -104,6 +105,11 @@ def _add_stages(commands: Any) -> None:
     assess.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as no-distillation")
     statistics = stage("statistics", _statistics, "measure how sure the teacher is behind each prompt")
     statistics.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+    search = stage("search", _search, "search alpha and T for one student: Bayesian, resumable, by many processes")
+    search.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters` that has a teacher")
+    search.add_argument("--storage", metavar="URL", help="a database that several hosts share (an SQLite file)")
+    search.add_argument("--on-test", action="store_true", help="judge on the test split, as the original did; unfair")
+    search.add_argument("--json", action="store_true", help="print best.json")
     report = stage("report", _report, "score every log, write the report and print the table")
     report.add_argument("--json", action="store_true", help="print results.json instead of the table")
     review = stage("review", _review, "decide by hand the responses of one experiment that no rule settles")
@@ -220,6 +226,19 @@ def _statistics(config: Config, options: argparse.Namespace) -> None:
 
     found = measure_prompts(config)
     _print(json.dumps(found, indent=1) if options.json else aligned(rows(found)))
+
+
+def _search(config: Config, options: argparse.Namespace) -> None:
+    from kd.config import choose
+
+    choose(options.experiment, list(config.adapters), "experiment", "adapters")
+    from kd.distill.search import search
+
+    best = search(config, options.experiment, options.storage, options.on_test)
+    if options.json:
+        _print(json.dumps(best, indent=1))
+    else:
+        _print("\n".join(f"{name}: {value}" for name, value in best.items()))
 
 
 def _report(config: Config, options: argparse.Namespace) -> None:

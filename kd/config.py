@@ -19,6 +19,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # becomes a folder or stage name
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Protocol = Literal["published", "aligned"]
 
 
 class Params(BaseModel):
@@ -130,18 +131,45 @@ class Lora(Params):
 
 
 class Distill(Params):
-    """The training run that every adapter shares (paper section 3; <experiment>/distill.ipynb)."""
+    """The training run that every adapter shares (paper section 3; <experiment>/distill.ipynb).
 
-    protocol: Literal["published"]
+    `batch_rows` examples make one update. `step` picks how it is computed: `eager`, the reference, on any device;
+    `graph`, CUDA graphs; `auto`, graphs where there is a GPU and the student is a Llama. `jsd_beta` is the teacher's
+    share of the mixture in `divergence: jsd`.
+    """
+
+    protocol: Protocol
     temperature: float = Field(gt=0)
     alpha: Probability
+    divergence: Literal["reverse-kl", "forward-kl", "jsd"] = "reverse-kl"
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     epochs: Count
+    batch_rows: Count = 1
+    step: Literal["auto", "eager", "graph"] = "auto"
+    checkpoint_every: Count
     max_tokens: Count
     learning_rate: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
     weight_decay: float = Field(ge=0)
     cosine_steps: Count
     lora: Lora
+
+
+class Search(Params):
+    """The search over alpha and T: trials in all, ranges (low, high), and the training rows kept for judging."""
+
+    trials: Count
+    alpha: list[Probability] = Field(min_length=2, max_length=2)
+    temperature: list[Annotated[float, Field(gt=0)]] = Field(min_length=2, max_length=2)
+    eval_rows: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Search:
+        for name in ("alpha", "temperature"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: expected [low, high], found [{low}, {high}]")
+        return self
 
 
 class Adapter(Params):
@@ -185,6 +213,7 @@ class Config(Params):
     prompts: list[str] = Field(min_length=1)
     student: Student
     distill: Distill
+    search: Search
     adapters: dict[Name, Adapter] = Field(min_length=1)
     assess: Assess
     experiments: dict[Name, Experiment] = Field(min_length=1)

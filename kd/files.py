@@ -67,6 +67,15 @@ def put_in_place(work: Path, target: Path) -> None:
 
 
 @contextmanager
+def resumable_folder(target: Path, key: str) -> Iterator[Path]:
+    """`whole_folder` for work that goes on where a killed run of the same `key` stopped."""
+    remove_stale(target, key)
+    work = unfinished_folder(target, key)
+    yield work
+    put_in_place(work, target)
+
+
+@contextmanager
 def whole_file(target: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield the path of a file to write; it takes `target`'s place when the block ends without an error.
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from kd import models
 from kd.config import BundledModel
 from kd.dataset import Example
-from kd.distill.alignment import published_matches, published_teacher_order, student_token_ids
-from kd.teacher.capture import teacher_token_ids
+from kd.distill.alignment import match_examples, published_teacher_order, student_token_ids
+from kd.teacher.capture import teacher_reading
 
 # The first row of GSM8K's training split.
 QUESTION = (
@@ -44,8 +44,9 @@ def test_keys_of_a_real_file_come_in_text_order(tmp_path: Path) -> None:
 
 def test_published_rows_are_unshifted_and_offset(tokenizer: Any) -> None:
     example = Example("train-00001", QUESTION, ANSWER, ANSWER)
-    base, primed = (teacher_token_ids(tokenizer, prompt, example) for prompt in ("base", "teacher"))
-    (match,) = published_matches([example], tokenizer, 256, {example.id: len(base)})
+    readings = [teacher_reading(tokenizer, "published", prompt, example) for prompt in ("base", "teacher")]
+    base, primed = (reading.token_ids for reading in readings)
+    (match,) = match_examples("published", [example], tokenizer, 256, readings[:1]).kept
     question, answer = student_token_ids(tokenizer, QUESTION), student_token_ids(tokenizer, ANSWER)
     # 5: the student reads the question alone, and its row i meets token i of the answer, not the token that follows.
     assert match.input_ids == question
@@ -61,7 +62,7 @@ def test_published_rows_are_unshifted_and_offset(tokenizer: Any) -> None:
     assert [tokenizer.decode([token]) for token in base[:3]] == ["N", "atal", "ia"]
     assert primed[28:] == base[3:]
     other = Example("train-00002", "Why?", ANSWER, ANSWER)
-    assert teacher_token_ids(tokenizer, "teacher", other)[:26] == primed[:26]
+    assert teacher_reading(tokenizer, "published", "teacher", other).token_ids[:26] == primed[:26]
 
 
 def test_learning_rate_falls_to_zero_and_climbs_back() -> None:

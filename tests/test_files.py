@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from kd.files import PARTIAL, whole_folder, write_text, write_whole_file
+from kd.files import PARTIAL, resumable_folder, whole_folder, write_text, write_whole_file
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +65,26 @@ def test_whole_file_is_replaced_in_one_move() -> None:
         write_whole_file(target, text)
         assert target.read_bytes() == text.encode()
     assert [path.name for path in target.parent.iterdir()] == ["x.csv"]
+
+
+def interrupted(target: Path, key: str, name: str) -> Path:
+    """A run that stops when it has written one file; its work folder."""
+    with suppress(InterruptedError), resumable_folder(target, key) as work:
+        write_text(work / name, name)
+        raise InterruptedError
+    return work
+
+
+def test_resumable_folder_goes_on_with_its_key_and_clears_other_ones() -> None:
+    target, key, other = Path("artifacts/x/base"), "0" * 64, "f" * 64
+    interrupted(target, key, "one")
+    interrupted(target, key, "two")
+    neighbour = interrupted(Path("artifacts/x/base-kd"), key, "one")
+    with resumable_folder(target, key):
+        pass
+    assert sorted(path.name for path in target.iterdir()) == ["one", "two"]
+    stale = interrupted(target, key, "three")
+    with resumable_folder(target, other) as work:
+        assert not list(work.iterdir())
+    assert not stale.exists()
+    assert neighbour.exists()

@@ -1,12 +1,19 @@
-"""Which student position, which answer token and which teacher row belong together.
+"""Which student position, which label and which teacher row belong together.
+
+Row i of a model is its distribution of token i + 1, given the tokens up to i. docs/protocol.md shows both protocols
+token by token.
 
 Protocol `published` (<experiment>/distill.ipynb), each choice as the original made it:
 
-- the student reads BOS + question and nothing else (`input_ids`);
+- the student reads BOS + question and nothing else;
 - its row i, the distribution for question token i + 1, meets token i of BOS + answer: no shift;
 - and row i of a teacher store's example, whose tokens start with the prompt and have no BOS;
 - all are cut to the shortest;
 - which example: see `published_teacher_order`.
+
+Protocol `aligned`: the student reads BOS + question + line end + answer; the rows before each answer token meet that
+token and the teacher's row before the same token. The line end counts as the answer's first token. No end-of-sequence
+token is added: every row counted predicts a token that teacher and student both read.
 """
 
 from __future__ import annotations
@@ -15,44 +22,67 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd import models
+from kd.config import Protocol
 from kd.dataset import Example
 from kd.errors import UserError
+from kd.teacher.capture import answer_token_ids
+from kd.teacher.store import Reading
 
 STUDENT_BOS = True
 
 
 @dataclass(frozen=True)
 class Match:
-    """One training example: the student reads `input_ids`; its first `len(labels)` rows meet `labels` and, row by
-    row, the teacher's rows for `teacher_id` (None without a teacher)."""
+    """One training example: the student reads `input_ids`; its rows from `first_row` on meet `labels` and, one by
+    one, the stored rows of the teacher for `teacher_id` (None without a teacher)."""
 
     example_id: str
     input_ids: list[int]
+    first_row: int
     labels: list[int]
     teacher_id: str | None
 
 
+@dataclass(frozen=True)
+class Matches:
+    """The examples to train on, in order; `cut` were longer than the limit and lost their ends, and of `skipped`
+    nothing was left to train on."""
+
+    kept: list[Match]
+    cut: list[str]
+    skipped: list[str]
+
+
 def student_token_ids(tokenizer: Any, text: str, limit: int | None = None) -> list[int]:
-    """What the student reads for a text, and what an answer is as labels: BOS + text, cut to `limit` tokens."""
+    """What the student reads for a text, and what a published answer is as labels: BOS + text, cut to `limit`."""
     return models.encode(tokenizer, text, bos=STUDENT_BOS, limit=limit)
 
 
-def published_matches(
-    examples: list[Example], tokenizer: Any, max_tokens: int, teacher_lengths: dict[str, int] | None
-) -> list[Match]:
-    """The training examples in order. `teacher_lengths` gives the stored rows of each example id, in store order."""
-    order = published_teacher_order(list(teacher_lengths)) if teacher_lengths else [None] * len(examples)
-    matches = []
-    for example, teacher_id in zip(examples, order, strict=True):
-        input_ids = student_token_ids(tokenizer, example.question, max_tokens)
-        labels = student_token_ids(tokenizer, example.target, max_tokens)
-        rows = min(len(input_ids), len(labels))
-        if teacher_lengths and teacher_id:
-            rows = min(rows, teacher_lengths[teacher_id])
-        if rows == 0:
-            raise UserError(f"{example.id}: no overlapping positions between question, answer and teacher rows")
-        matches.append(Match(example.id, input_ids, labels[:rows], teacher_id))
-    return matches
+def match_examples(
+    protocol: Protocol,
+    examples: list[Example],
+    tokenizer: Any,
+    max_tokens: int,
+    stored: list[Reading] | None,
+) -> Matches:
+    """The training examples in order, matched with the teacher's `stored` ones (None trains on labels alone).
+
+    Under `published` an example that overlaps with nothing is an error, because leaving it out would change which
+    teacher rows the others meet.
+    """
+    pair = {"published": _published, "aligned": _aligned}[protocol]
+    matches, cut = [], []
+    for example, teacher in zip(examples, _teachers(protocol, examples, stored), strict=True):
+        match, was_cut = pair(example, teacher, tokenizer, max_tokens)
+        matches.append(match)
+        cut += [example.id] if was_cut else []
+    skipped = [match.example_id for match in matches if not match.labels]
+    if skipped and (protocol == "published" or len(skipped) == len(matches)):
+        raise UserError(
+            f"{skipped[0]}: no overlapping positions between question, answer and teacher rows; "
+            "raise `distill.max_tokens` or remove the row"
+        )
+    return Matches([match for match in matches if match.labels], cut, skipped)
 
 
 def published_teacher_order(ids: list[str]) -> list[str]:
@@ -63,3 +93,44 @@ def published_teacher_order(ids: list[str]) -> list[str]:
     """
     as_text = sorted(range(len(ids)), key=lambda i: f"Question {i + 1}")
     return [ids[i] for i in as_text]
+
+
+def _teachers(protocol: Protocol, examples: list[Example], stored: list[Reading] | None) -> list[Reading] | list[None]:
+    """The stored example that each example meets: in the original's order, or the one with its own id."""
+    if stored is None:
+        return [None] * len(examples)
+    by_id = {teacher.example_id: teacher for teacher in stored}
+    if protocol == "published":
+        return [by_id[i] for i in published_teacher_order(list(by_id))]
+    return [by_id[example.id] for example in examples]
+
+
+def _published(example: Example, teacher: Reading | None, tokenizer: Any, max_tokens: int) -> tuple[Match, bool]:
+    question = student_token_ids(tokenizer, example.question)
+    answer = student_token_ids(tokenizer, example.target)
+    rows = min(len(question), len(answer), max_tokens, _rows(teacher) if teacher else max_tokens)
+    match = Match(example.id, question[:max_tokens], 0, answer[:rows], teacher.example_id if teacher else None)
+    return match, max(len(question), len(answer)) > max_tokens
+
+
+def _aligned(example: Example, teacher: Reading | None, tokenizer: Any, max_tokens: int) -> tuple[Match, bool]:
+    question = student_token_ids(tokenizer, example.question)
+    answer = answer_token_ids(tokenizer, example)
+    if teacher:
+        start, stop = teacher.span
+        read = teacher.token_ids[start + 1 : stop + 1]
+        if read != answer:
+            raise UserError(
+                f"{example.id}: teacher and student read other tokens as the answer (teacher {read[:8]} …, student "
+                f"{answer[:8]} …); capture the prompt again with the student's tokenizer"
+            )
+    labels = answer[: max(0, max_tokens - len(question))]
+    match = Match(
+        example.id, (question + answer)[:max_tokens], len(question) - 1, labels, teacher.example_id if teacher else None
+    )
+    return match, len(labels) < len(answer)
+
+
+def _rows(teacher: Reading) -> int:
+    start, stop = teacher.span
+    return stop - start

@@ -1,47 +1,144 @@
-"""The distillation objective over matched rows."""
+"""The distillation objective over matched rows: alpha * CE + (1 - alpha) * T^2 * divergence.
+
+A row of logits is 128,256 numbers where a hidden state is 4,096, so the objective starts from hidden states and makes
+logits, the student's and the teacher's, for a few rows at a time. The gradient with respect to the hidden states is
+worked out on the way: nothing of [rows, vocabulary] outlives its chunk. (The idea is Liger Kernel's and torchtune's
+linear cross entropy; the head is frozen, so it needs no gradient.)
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kd.config import Distill
 
 if TYPE_CHECKING:
-    import torch
+    from kd.teacher.store import Head
+
+CHUNK_ROWS = 256
 
 
-@dataclass(frozen=True)
-class Loss:
-    """The loss to descend and its parts, scalars; `divergence` is None without a teacher."""
+class Loss(NamedTuple):
+    """The loss to descend and its parts, float32 scalars. Only `total` has a gradient; `divergence` is 0 without a
+    teacher."""
 
     total: torch.Tensor
     cross_entropy: torch.Tensor
-    divergence: torch.Tensor | None
+    divergence: torch.Tensor
+
+
+class Teacher(NamedTuple):
+    """The teacher's side of the rows: its head, and its states [rows, teacher hidden]."""
+
+    head: Head
+    states: torch.Tensor
 
 
 def distillation_loss(
-    student: torch.Tensor,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
     labels: torch.Tensor,
-    teacher: torch.Tensor | None,
-    alpha: float,
-    temperature: float,
+    weights: torch.Tensor,
+    teacher: Teacher | None,
+    settings: Distill,
 ) -> Loss:
-    """alpha * CE + (1 - alpha) * T^2 * KL(student || teacher); CE alone where `teacher` is None.
+    """The objective, and its parts, of the student's final hidden states; CE alone where `teacher` is None.
 
-    `student` and `teacher` are logits [rows, vocabulary] and `labels` token ids [rows]. CE is taken at temperature
-    1, KL between both distributions softened by T, summed over the vocabulary; both are averaged over rows. Computed
-    in float32. (Paper, section 3.3; `KnowledgeDistillationLoss` in the original's distill.ipynb.)
+    `hidden` [rows, hidden] and `head` [vocabulary, hidden] make the student's logits; `labels` [rows] are token ids;
+    `weights` [rows], float32, are each row's share: 1 / rows for a mean, 0 for padding. CE is taken at temperature 1,
+    the divergence between both distributions softened by T and summed over the vocabulary, all in float32. (Paper,
+    section 3.3; `KnowledgeDistillationLoss` in the original's distill.ipynb.)
     """
-    import torch.nn.functional as F  # noqa: N812
-
-    cross_entropy = F.cross_entropy(student.float(), labels)
-    if teacher is None:
-        return Loss(cross_entropy, cross_entropy.detach(), None)
-    divergence = reverse_kl(student.float() / temperature, teacher.float() / temperature)
-    total = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
-    return Loss(total, cross_entropy.detach(), divergence.detach())
+    return Loss(*_ChunkedLoss.apply(hidden, head, labels, weights, teacher, settings))  # type: ignore[no-untyped-call]
 
 
-def reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(student || teacher) of logits [rows, vocabulary], averaged over rows."""
-    log_student = student.log_softmax(-1)
-    return (log_student.exp() * (log_student - teacher.log_softmax(-1))).sum(-1).mean()
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        teacher: Teacher | None,
+        settings: Distill,
+    ) -> Loss:
+        cross_entropy = hidden.new_zeros((), dtype=torch.float32)
+        divergence = torch.zeros_like(cross_entropy)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            share = weights[rows, None]
+            logits = (hidden[rows] @ head.T).float()
+            ce, slope = _cross_entropy(logits, labels[rows, None])
+            cross_entropy += (ce * share).sum()
+            if teacher:
+                theirs = teacher.head.logits(teacher.states[rows])
+                value, soft_slope = _divergence(logits, theirs, settings)
+                divergence += (value * share).sum()
+                # T^2 of the objective over the T that softens the logits.
+                slope = slope.mul_(settings.alpha).add_(soft_slope, alpha=(1 - settings.alpha) * settings.temperature)
+            if gradient is not None:
+                gradient[rows] = (slope.to(head.dtype) @ head) * share.to(head.dtype)
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        soft = (1 - settings.alpha) * settings.temperature**2 * divergence
+        total = settings.alpha * cross_entropy + soft if teacher else cross_entropy.clone()
+        return Loss(total, cross_entropy, divergence)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        return ctx.gradient * upstream[0].to(ctx.gradient.dtype), None, None, None, None, None
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log softmax(logits)[label] of each row [rows, 1], and its gradient [rows, vocabulary]."""
+    log_p = logits.log_softmax(-1)
+    value = -log_p.gather(1, labels)
+    slope = log_p.exp_()
+    slope.scatter_add_(1, labels, slope.new_full(labels.shape, -1))
+    return value, slope
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, settings: Distill) -> tuple[torch.Tensor, torch.Tensor]:
+    """The divergence of each row of logits at temperature T [rows, 1], and its gradient with respect to the student's
+    logits over T [rows, vocabulary]. Both arguments are overwritten."""
+    log_p = student.div_(settings.temperature).log_softmax(-1)
+    log_q = teacher.div_(settings.temperature).log_softmax(-1)
+    match settings.divergence:
+        case "reverse-kl":
+            return reverse_kl(log_p, log_q)
+        case "forward-kl":
+            return forward_kl(log_p, log_q)
+        case "jsd":
+            return jensen_shannon(log_p, log_q, settings.jsd_beta)
+
+
+def reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(student || teacher) of log probabilities, and its slope: the published objective."""
+    return _expectation(log_p.exp(), log_p - log_q)
+
+
+def forward_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(teacher || student) of log probabilities, and its slope."""
+    q = log_q.exp()
+    return (q * (log_q - log_p)).sum(-1, keepdim=True), log_p.exp() - q
+
+
+def jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized JSD, beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = beta * teacher + (1 - beta) *
+    student, and its slope (Agarwal et al., arXiv 2306.13649, equation 1)."""
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+    theirs = beta * (log_q.exp() * (log_q - log_m)).sum(-1, keepdim=True)
+    ours, slope = _expectation(log_p.exp(), (1 - beta) * (log_p - log_m))
+    return theirs + ours, slope
+
+
+def _expectation(p: torch.Tensor, score: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum(p * score) of each row, and p * (score - that): its slope, as the score's own change cancels in the sum."""
+    terms = p * score
+    mean = terms.sum(-1, keepdim=True)
+    return mean, terms.addcmul_(p, mean, value=-1)

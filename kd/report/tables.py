@@ -9,13 +9,14 @@ from typing import Any
 
 from kd.assess.score import Score, score
 from kd.config import Config
-from kd.files import whole_folder, write_json, write_text
-from kd.published import RESULTS
+from kd.files import read_json, whole_folder, write_json, write_text
+from kd.published import CHECK_LOSSES, RESULTS
 from kd.report.plots import accuracy_chart
 from kd.report.statistics import compare_pairs, wilson_interval
 from kd.report.teachers import read_prompts
 from kd.report.teachers import rows as prompt_rows
 
+CHECK = "check.json"  # what training leaves beside an adapter
 HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "By hand", "Undecided", "Published")
 PAIRS_HEADER = ("first", "second", "difference", "95 % interval", "only first", "only second", "p", "p (Holm)")
 PAIRS_TITLE = "Pairs on the same questions: McNemar's exact test, Holm-corrected; bootstrap interval of the difference"
@@ -47,6 +48,7 @@ def collect(config: Config) -> dict[str, Any]:
         "comparisons": [
             asdict(pair) for pair in compare_pairs({name: scored.right for name, scored in scores.items()}, config.seed)
         ],
+        "check_losses": _check_losses(config),
     }
 
 
@@ -76,9 +78,15 @@ def markdown(results: dict[str, Any]) -> str:
         f"{setting}\n",
         _markdown_table(_rows(results)),
         _undecided(results),
-        f"{PAIRS_TITLE}:\n",
+        f"## Pairs\n\n{PAIRS_TITLE}.\n",
         _markdown_table(pair_rows(results["comparisons"])),
     ]
+    if results["check_losses"]:
+        parts += [
+            "## Check loss after training\n",
+            "The original's own: mean cross entropy of answer token i at question position i, over the test rows.\n",
+            _markdown_table(_check_rows(results["check_losses"])),
+        ]
     if results["prompts"]:
         parts += [
             "## The teacher behind each prompt\n",
@@ -126,6 +134,30 @@ def _result(experiment: str, scored: Score) -> dict[str, Any]:
         "undecided": scored.undecided,
         "published_accuracy": published.accuracy / 100 if published else None,
     }
+
+
+def _check_losses(config: Config) -> dict[str, Any]:
+    """The original's check of each adapter that is there: mean cross entropy over the test rows, misaligned as in its
+    training, beside the published one."""
+    found = {}
+    for adapter in config.adapters:
+        path = config.artifacts / "adapters" / adapter / CHECK
+        if path.exists():
+            loss = read_json(path, "an adapter's check loss")["check_loss"]
+            found[adapter] = {"check_loss": loss, "published": CHECK_LOSSES.get(adapter)}
+    return found
+
+
+def _check_rows(losses: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("Adapter", "Check loss", "Published")]
+    return rows + [
+        (
+            name,
+            f"{one['check_loss']:.3f}",
+            "not in the paper" if one["published"] is None else f"{one['published']:.3f}",
+        )
+        for name, one in losses.items()
+    ]
 
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:

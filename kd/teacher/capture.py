@@ -3,6 +3,8 @@
 Protocol `published` (llama-3.1-405b-6bpw/inference_gsm8k*.ipynb): prompt + question as plain text, no BOS, no chat
 template, one forward per question, every position kept.
 
+Protocol `aligned`: BOS + prompt + question, then the answer; of its rows those are kept that predict the answer.
+
 The work is cut into shards of a fixed number of questions. A killed run goes on at its first missing shard, several
 processes do a part of the shards each, and either way the finished store has the same bytes.
 """
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd import models
-from kd.config import Config
+from kd.config import Config, Protocol
 from kd.dataset import Example, read_examples
 from kd.distributed import take_gpus, this_process, wait_for_others
 from kd.errors import UserError, WorkFailedError
@@ -32,8 +34,6 @@ from kd.teacher.store import Reading, StoreWriter
 
 if TYPE_CHECKING:
     import torch
-
-TEACHER_BOS = False
 
 
 def write_head(config: Config) -> None:
@@ -58,9 +58,9 @@ def capture(config: Config, prompt: str) -> None:
     if _is_whole(config, prompt, tokenizer, examples):
         print(f"{target}: is there and right; remove it to capture it again", file=sys.stderr)
         return
-    wanted = readings(tokenizer, prompt, examples)
+    wanted = readings(config, prompt, tokenizer, examples)
     model = backends.identity(config.teacher)
-    about = (model, prompt_record(prompt), tokenization(tokenizer))
+    about = (model, prompt_record(prompt), tokenization(tokenizer, config.distill.protocol))
     key = _key([*(record.model_dump() for record in about), head_sha256, config.teacher.batch_rows], wanted)
     work = unfinished_folder(target, key)
     writer = StoreWriter(work, *about, batch_rows=config.teacher.batch_rows)
@@ -76,29 +76,39 @@ def capture(config: Config, prompt: str) -> None:
             put_in_place(work, target)
 
 
-def readings(tokenizer: Any, prompt: str, examples: list[Example]) -> list[Reading]:
-    """What the teacher reads for each example, and which of its rows are kept: all."""
-    found = []
-    for example in examples:
-        token_ids = teacher_token_ids(tokenizer, prompt, example)
-        found.append(Reading(example.id, token_ids, (0, len(token_ids))))
-    return found
+def readings(config: Config, prompt: str, tokenizer: Any, examples: list[Example]) -> list[Reading]:
+    """What the teacher reads for each example."""
+    return [teacher_reading(tokenizer, config.distill.protocol, prompt, example) for example in examples]
 
 
-def teacher_token_ids(tokenizer: Any, prompt: str, example: Example) -> list[int]:
-    """What the teacher reads for one example, as tokens."""
-    return models.encode(tokenizer, primed(prompt, example.question), bos=TEACHER_BOS)
+def teacher_reading(tokenizer: Any, protocol: Protocol, prompt: str, example: Example) -> Reading:
+    """What the teacher reads for one example, as tokens, and which of its rows are kept.
+
+    Row i is the distribution of token i + 1, so under `aligned` the rows kept are those before each answer token.
+    """
+    question = models.encode(tokenizer, primed(prompt, example.question), bos=protocol == "aligned")
+    if protocol == "published":
+        return Reading(example.id, question, (0, len(question)))
+    answer = answer_token_ids(tokenizer, example)
+    return Reading(example.id, question + answer, (len(question) - 1, len(question) + len(answer) - 1))
+
+
+def answer_token_ids(tokenizer: Any, example: Example) -> list[int]:
+    """A line end and the answer, tokenized apart from the question, so that teacher and student read the same ones
+    whatever stands before them (a tokenizer may join "?" and the line end)."""
+    return models.encode(tokenizer, "\n" + example.target, bos=False)
 
 
 def open_checked(config: Config, prompt: str, tokenizer: Any, examples: list[Example]) -> store.TeacherStore:
     """The store of one prompt, refused unless every file of it is right and it is this teacher's for these examples
     as `tokenizer` reads them."""
     opened = store.TeacherStore(config.artifacts / "teacher" / prompt)
+    protocol = config.distill.protocol
     opened.check(
         backends.identity(config.teacher),
         prompt_record(prompt),
-        tokenization(tokenizer),
-        readings(tokenizer, prompt, examples),
+        tokenization(tokenizer, protocol),
+        readings(config, prompt, tokenizer, examples),
     )
     opened.verify()
     return opened
@@ -109,9 +119,9 @@ def prompt_record(prompt: str) -> store.Prompt:
     return store.Prompt(name=prompt, text=PROMPTS[prompt])
 
 
-def tokenization(tokenizer: Any) -> store.Tokenization:
+def tokenization(tokenizer: Any, protocol: Protocol) -> store.Tokenization:
     """The tokenization as a store names it."""
-    return store.Tokenization(bos=TEACHER_BOS, vocabulary_sha256=models.vocabulary_sha256(tokenizer))
+    return store.Tokenization(bos=protocol == "aligned", vocabulary_sha256=models.vocabulary_sha256(tokenizer))
 
 
 def missing(writer: StoreWriter, shards: range) -> list[int]:

@@ -40,14 +40,16 @@ def import_logits(config: Config, file: Path, folder: Path, prompt: str) -> None
     """Make a store of kind `logits` of the notebooks' `file`, taken to be what the params' teacher said behind `prompt`
     to the prepared training questions; a UserError names the question that does not fit."""
     tokenizer = models.load_tokenizer(models.model_folder(config.teacher.model))
-    wanted = readings(tokenizer, prompt, read_examples(config.artifacts / "data" / "train.jsonl"))
+    wanted = readings(config, prompt, tokenizer, read_examples(config.artifacts / "data" / "train.jsonl"))
     tensors = _open(file)
     if len(tensors.keys()) != len(wanted):
         raise UserError(f"{file}: holds {len(tensors.keys())} tensors where the data has {len(wanted)} questions")
     # The libraries that computed the file are not known.
     model = backends.identity(config.teacher).model_copy(update={"versions": {}})
     with whole_folder(folder) as work:
-        writer = StoreWriter(work, model, prompt_record(prompt), tokenization(tokenizer), kind="logits")
+        writer = StoreWriter(
+            work, model, prompt_record(prompt), tokenization(tokenizer, config.distill.protocol), kind="logits"
+        )
         for number, reading in enumerate(progress(wanted, f"import {file.name}", "question"), start=1):
             logits = _logits(file, tensors, f"Question {number}", reading)
             writer.add(reading.example_id, reading.token_ids, logits, reading.span)

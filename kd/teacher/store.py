@@ -182,6 +182,9 @@ class NoHead:
         return NoHead(self.vocabulary_size, device)
 
 
+Head = TeacherHead | NoHead
+
+
 def write_head(folder: Path, model: ModelIdentity, head: TeacherHead) -> None:
     """Write a teacher's norm and head into an empty `folder`."""
     path = folder / "head.safetensors"
@@ -368,7 +371,7 @@ class TeacherStore:
         self._check_shards()
 
     @cached_property
-    def head(self) -> TeacherHead | NoHead:
+    def head(self) -> Head:
         """What makes logits of rows; on the CPU until it is replaced by its copy on another device."""
         if self.manifest.kind == "logits":
             return NoHead(self.manifest.width)

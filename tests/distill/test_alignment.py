@@ -1,8 +1,9 @@
-"""Which position meets which: the published choices, on real text."""
+"""Which position meets which, on real text: the published choices, and the aligned ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,20 @@ from safetensors.torch import save_file
 
 from kd import models
 from kd.dataset import Example
-from kd.distill.alignment import published_matches, published_teacher_order
+from kd.distill.alignment import match_examples, published_teacher_order
+from kd.prompts import PROMPTS
+from kd.teacher.capture import teacher_reading
+from kd.teacher.store import Reading
+
+QUESTION, ANSWER = "Tom has 3 apples and buys 4 more. How many now?", "How many? ** Tom has 3 + 4 = <<3+4=7>>7.\n#### 7"
 
 
-def example(number: int, question: str, target: str) -> Example:
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> Any:
+    return models.load_tokenizer(tiny_llama)
+
+
+def example(number: int, question: str = QUESTION, target: str = ANSWER) -> Example:
     return Example(f"train-{number:05d}", question, "#### 1", target)
 
 
@@ -34,28 +45,71 @@ def test_of_2638_questions_only_the_first_meets_its_own_rows() -> None:
     assert [i for i, (a, b) in enumerate(zip(ids, order, strict=True)) if a == b] == [0]
 
 
-def test_rows_start_at_bos_unshifted_and_are_cut_to_the_shortest(tiny_llama: Path) -> None:
-    tokenizer = models.load_tokenizer(tiny_llama)
-    question, answer = "Tom has 3 apples and buys 4 more. How many now?", "How many? ** Tom has 3 + 4 = <<3+4=7>>7."
-    question_ids = tokenizer(question, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+def test_published_rows_start_at_bos_unshifted_and_are_cut_to_the_shortest(tokenizer: Any) -> None:
+    question_ids = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
 
-    [match] = published_matches([example(1, question, answer)], tokenizer, 256, None)
+    (match,) = match_examples("published", [example(1)], tokenizer, 256, None).kept
     assert match.input_ids == [bos, *question_ids]
+    assert match.first_row == 0
     assert match.labels == [bos, *answer_ids][: len(question_ids) + 1]
     assert match.teacher_id is None
 
-    [match] = published_matches([example(1, question, answer)], tokenizer, 256, {"train-00001": 5})
+    five = Reading("train-00001", [1, 2, 3, 4, 5], (0, 5))
+    (match,) = match_examples("published", [example(1)], tokenizer, 256, [five]).kept
     assert len(match.labels) == 5
     assert match.teacher_id == "train-00001"
 
-    [match] = published_matches([example(1, question, answer)], tokenizer, 4, {"train-00001": 9})
-    assert match.input_ids == [bos, *question_ids[:3]]
-    assert match.labels == [bos, *answer_ids[:3]]
+    nine = Reading("train-00001", list(range(9)), (0, 9))
+    matches = match_examples("published", [example(1)], tokenizer, 4, [nine])
+    assert matches.kept[0].input_ids == [bos, *question_ids[:3]]
+    assert matches.kept[0].labels == [bos, *answer_ids[:3]]
+    assert matches.cut == ["train-00001"]
 
 
-def test_no_overlap_is_an_error_that_names_the_example(tiny_llama: Path) -> None:
-    tokenizer = models.load_tokenizer(tiny_llama)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_aligned_distribution_that_predicts_a_token_meets_that_token(tokenizer: Any, prompt: str) -> None:
+    teacher = teacher_reading(tokenizer, "aligned", prompt, example(1))
+    matches = match_examples("aligned", [example(1)], tokenizer, 256, [teacher])
+    (match,) = matches.kept
+    assert (matches.cut, matches.skipped) == ([], [])
+    assert tokenizer.decode(match.input_ids) == f"<s>{QUESTION}\n{ANSWER}"
+    assert tokenizer.decode(match.labels) == f"\n{ANSWER}"
+    assert tokenizer.decode(teacher.token_ids) == f"<s>{PROMPTS[prompt]}{QUESTION}\n{ANSWER}"
+    assert teacher.span[1] - teacher.span[0] == len(match.labels)
+    for i, label in enumerate(match.labels):
+        assert match.input_ids[match.first_row + i + 1] == label
+        assert teacher.token_ids[teacher.span[0] + i + 1] == label
+
+
+def test_aligned_joins_by_id_whatever_the_stores_order(tokenizer: Any) -> None:
+    examples = [example(i, target=f"Answer {i}.") for i in range(1, 13)]
+    teachers = [teacher_reading(tokenizer, "aligned", "base", one) for one in reversed(examples)]
+    matches = match_examples("aligned", examples, tokenizer, 256, teachers).kept
+    assert [match.teacher_id for match in matches] == [match.example_id for match in matches]
+
+
+def test_aligned_cuts_the_answer_and_leaves_out_what_has_none_and_counts_both(tokenizer: Any) -> None:
+    long = example(2, question=" ".join([QUESTION] * 5))
+    question = len(tokenizer(QUESTION, add_special_tokens=False)["input_ids"]) + 1
+    matches = match_examples("aligned", [example(1), long], tokenizer, question + 3, None)
+    assert [len(match.labels) for match in matches.kept] == [3]
+    assert len(matches.kept[0].input_ids) == question + 3
+    assert matches.cut == ["train-00001", "train-00002"]
+    assert matches.skipped == ["train-00002"]
+    with pytest.raises(models.UserError, match=r"train-00001: no overlapping positions .* raise `distill\.max_tokens`"):
+        match_examples("aligned", [example(1)], tokenizer, question, None)
+
+
+def test_aligned_refuses_a_teacher_that_read_another_answer(tokenizer: Any) -> None:
+    other = teacher_reading(tokenizer, "aligned", "base", example(1, target="Seven."))
+    with pytest.raises(models.UserError, match="train-00001: teacher and student read other tokens as the answer"):
+        match_examples("aligned", [example(1)], tokenizer, 256, [other])
+
+
+def test_no_overlap_is_an_error_that_names_the_example(tokenizer: Any) -> None:
     with pytest.raises(models.UserError, match="train-00007: no overlapping positions"):
-        published_matches([example(7, "Why?", "Because.")], tokenizer, 256, {"train-00007": 0})
+        match_examples(
+            "published", [example(7, "Why?", "Because.")], tokenizer, 256, [Reading("train-00007", [], (0, 0))]
+        )

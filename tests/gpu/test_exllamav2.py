@@ -64,7 +64,9 @@ def test_rebuilt_logits_are_exllamav2s_own() -> None:
     opened = TeacherStore(STORE)
     opened.head = opened.head.to("cuda")
     for example in examples[:8]:
-        own = loaded.model.forward(torch.tensor([capture.teacher_token_ids(tokenizer, "teacher", example)]))[0]
+        own = loaded.model.forward(
+            torch.tensor([capture.teacher_reading(tokenizer, "published", "teacher", example).token_ids])
+        )[0]
         with torch.inference_mode():
             through_modules = head.forward(norm.forward(opened.states(example.id).cuda()[None]))[0]
         vocabulary = opened.head.vocabulary_size

@@ -131,3 +131,14 @@ def test_a_log_with_too_few_rows_is_refused(capsys: pytest.CaptureFixture[str]) 
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     assert main(["report"]) == 2
     assert "5 rows where the test set has 6; run `kd assess teacher-kd` again" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("logs")
+def test_check_losses_stand_beside_the_published_ones() -> None:
+    adapter = Path("artifacts/mini/adapters/teacher-kd")
+    adapter.mkdir(parents=True)
+    (adapter / "check.json").write_text('{"check_loss": 9.8765, "rows": 6}')
+    assert main(["report"]) == 0
+    results = json.loads((REPORT / "results.json").read_text())
+    assert results["check_losses"] == {"teacher-kd": {"check_loss": 9.8765, "published": 10.402}}
+    assert "| teacher-kd | 9.877 | 10.402 |" in (REPORT / "results.md").read_text()

@@ -1,0 +1,106 @@
+"""Bayesian search over alpha and T, as the original's: Optuna, 35 trials, judged by cross entropy after training.
+
+The original judged its trials on the test split, and so chose alpha and T with the data it reported on. Here the last
+`search.eval_rows` training rows are left out of training and judge; `on_test` repeats the original's choice.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd import models
+from kd.config import Config
+from kd.dataset import read_examples
+from kd.distill.alignment import Match, match_examples
+from kd.distill.step import make_step
+from kd.distill.train import Lesson, descend, evaluate, fresh_student, prepare_lesson, run_key
+from kd.errors import UserError
+from kd.files import whole_folder, write_json
+from kd.progress import progress
+
+if TYPE_CHECKING:
+    import optuna
+
+STUDY = "study.db"
+HEARTBEAT_S = 60  # a trial whose process has not been heard of for twice this is given to another
+
+
+def search(config: Config, experiment: str, storage: str | None, on_test: bool) -> dict[str, Any]:
+    """Run trials until the study has `search.trials` in all, and write its best values and plots; returns the former.
+
+    Processes and hosts that name one `storage` (an SQLAlchemy address; default: an SQLite file beside the results)
+    share one study. A killed search goes on where it was.
+    """
+    import optuna
+
+    folder = config.artifacts / "search" / experiment
+    folder.mkdir(parents=True, exist_ok=True)
+    lesson, training, judges = _split(config, experiment, on_test)
+    study = optuna.create_study(
+        storage=optuna.storages.RDBStorage(
+            storage or f"sqlite:///{folder / STUDY}",
+            heartbeat_interval=HEARTBEAT_S,
+            failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+        ),
+        study_name=f"{experiment}-{'test' if on_test else len(judges)}-{run_key(config, experiment)}",
+        load_if_exists=True,
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        alpha = trial.suggest_float("alpha", *config.search.alpha)
+        temperature = trial.suggest_float("temperature", *config.search.temperature)
+        settings = config.distill.model_copy(update={"alpha": alpha, "temperature": temperature})
+        student = fresh_student(config, experiment, lesson)
+        records = descend(make_step(student, lesson.head, settings), training, lesson.states, settings)
+        deque(progress(records, f"trial {trial.number}", "step"), maxlen=0)
+        return float(evaluate(student, judges, None, None, settings).cross_entropy)
+
+    states = (optuna.trial.TrialState.COMPLETE,)
+    enough = optuna.study.MaxTrialsCallback(config.search.trials, states=states)
+    if len(study.get_trials(states=states)) < config.search.trials:
+        study.optimize(objective, callbacks=[enough])
+    best = {**study.best_params, "cross_entropy": study.best_value, "trials": len(study.get_trials(states=states))}
+    with whole_folder(folder / "result") as work:
+        write_json(work / "best.json", best)
+        _plots(study, work)
+    return best
+
+
+def _split(config: Config, experiment: str, on_test: bool) -> tuple[Lesson, list[Match], list[Match]]:
+    """The lesson, the examples to train on and those that judge."""
+    lesson = prepare_lesson(config, experiment)
+    if lesson.store is None:
+        raise UserError(f"{experiment}: it learns from labels alone, so there is no alpha or T to search for")
+    kept, rows = lesson.matches.kept, config.search.eval_rows
+    if on_test:
+        print(
+            "kd: judging on the test split, as the original did; results on it are then no longer fair", file=sys.stderr
+        )
+        tests = read_examples(config.artifacts / "data" / "test.jsonl")
+        tokenizer = models.load_tokenizer(models.model_folder(config.student.model))
+        judges = match_examples(config.distill.protocol, tests, tokenizer, config.distill.max_tokens, None)
+        return lesson, kept, judges.kept
+    if rows >= len(kept):
+        raise UserError(
+            f"search.eval_rows: {rows} rows to judge by, but only {len(kept)} examples; leave some to train on"
+        )
+    return lesson, kept[:-rows], kept[-rows:]
+
+
+def _plots(study: optuna.Study, folder: Path) -> None:
+    """Optuna's own plots of the study, as PNG."""
+    import matplotlib
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.visualization import matplotlib as plots
+
+    matplotlib.use("Agg")
+    warnings.simplefilter("ignore", ExperimentalWarning)  # these plots have been "experimental" since Optuna 2.2
+    for name in ("plot_optimization_history", "plot_slice", "plot_contour", "plot_edf"):
+        axes = getattr(plots, name)(study)
+        figure = axes.flat[0].figure if hasattr(axes, "flat") else axes.figure
+        figure.savefig(folder / f"{name.removeprefix('plot_')}.png", dpi=150, bbox_inches="tight")
+        matplotlib.pyplot.close(figure)

@@ -1,0 +1,226 @@
+"""One update: from a batch of matched rows to new adapter weights, launched kernel by kernel or as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kd.config import Distill
+from kd.distill.alignment import Match
+from kd.distill.lean import LeanLlama, runs_lean
+from kd.distill.objective import Teacher, distillation_loss
+from kd.errors import UserError
+
+if TYPE_CHECKING:
+    from kd.teacher.store import Head
+
+# Shapes are padded to multiples of this, so that few graphs serve all lengths; a step's time hardly depends on it,
+# since up to about 200 tokens it goes into reading the weights.
+BUCKET = 32
+
+States = Callable[[str], torch.Tensor]
+
+
+class Batch(NamedTuple):
+    """The examples of one update, as tensors.
+
+    `input_ids` [examples, tokens] are padded on the right; `rows` [n] point into [examples * tokens] and meet `labels`
+    [n], the teacher's `states` [n, teacher hidden] (None without a teacher) and `weights` [n]: every example counts
+    alike, and its rows alike, as in batches of one; 0 where a row is padding.
+    """
+
+    input_ids: torch.Tensor
+    rows: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    states: torch.Tensor | None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The batch with every tensor changed."""
+        states = self.states if self.states is None else change(self.states)
+        return Batch(change(self.input_ids), change(self.rows), change(self.labels), change(self.weights), states)
+
+    def present(self) -> list[torch.Tensor]:
+        """The tensors it has."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+def make_batch(matches: list[Match], states: States | None, bucket: int = 1) -> Batch:
+    """Pad `matches` to multiples of `bucket`; `states` gives the teacher's rows for an example's id."""
+    width = _round_up(max(len(match.input_ids) for match in matches), bucket)
+    count = sum(len(match.labels) for match in matches)
+    height = _round_up(count, bucket)
+    input_ids = torch.zeros(len(matches), width, dtype=torch.int64)
+    rows, labels = torch.zeros(height, dtype=torch.int64), torch.zeros(height, dtype=torch.int64)
+    weights = torch.zeros(height)
+    theirs = []
+    at = 0
+    for i, match in enumerate(matches):
+        input_ids[i, : len(match.input_ids)] = torch.tensor(match.input_ids)
+        here = slice(at, at + len(match.labels))
+        first = i * width + match.first_row
+        rows[here] = torch.arange(first, first + len(match.labels))
+        labels[here] = torch.tensor(match.labels)
+        weights[here] = 1 / (len(matches) * len(match.labels))
+        if states and match.teacher_id:
+            theirs.append(states(match.teacher_id)[: len(match.labels)])
+        at = here.stop
+    if not theirs:
+        return Batch(input_ids, rows, labels, weights, None)
+    padding = theirs[0].new_zeros(height - count, theirs[0].shape[1])
+    return Batch(input_ids, rows, labels, weights, torch.cat([*theirs, padding]))
+
+
+class Descent:
+    """The student's trained weights and their momenta, end to end, and how one update changes them (SGD with momentum
+    and weight decay, as `torch.optim.SGD` does it). The modules' own parameters become views of `weights`.
+
+    `lean` computes by the forward of `kd.distill.lean`, else by the modules' own.
+    """
+
+    def __init__(self, student: Any, settings: Distill, *, lean: bool) -> None:
+        self._parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self.weights = torch.cat([p.detach().flatten() for p in self._parameters.values()])
+        self.momenta = torch.zeros_like(self.weights)
+        for name, piece in self._pieces(self.weights).items():
+            self._parameters[name].data = piece
+        self._model = student.get_base_model()
+        self._lean = LeanLlama(student) if lean else None
+        self._settings = settings
+
+    def gradient(self, batch: Batch, head: Head | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss, cross entropy and divergence [3] of a batch on the student's device, and the weights' gradient."""
+        hidden, leaves = self._forward(batch.input_ids)
+        matched = hidden.flatten(0, 1).index_select(0, batch.rows)
+        teacher = Teacher(head, batch.states) if head and batch.states is not None else None
+        output = self._model.lm_head.weight
+        loss = distillation_loss(matched, output, batch.labels, batch.weights, teacher, self._settings)
+        gradients = torch.autograd.grad(loss.total, leaves)
+        return torch.stack(loss).detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    @torch.no_grad()
+    def apply(self, gradient: torch.Tensor, learning_rate: torch.Tensor | float) -> None:
+        """Descend along `gradient`, which is overwritten; a graph reads `learning_rate` from a scalar tensor."""
+        gradient.add_(self.weights, alpha=self._settings.weight_decay)
+        self.momenta.mul_(self._settings.momentum).add_(gradient)
+        self.weights.sub_(self.momenta * learning_rate)
+
+    def is_finite(self) -> bool:
+        """Whether every trained weight is a finite number."""
+        return bool(self.weights.isfinite().all())
+
+    def _forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Final hidden states [examples, tokens, hidden], and the tensors that make up the weights."""
+        if self._lean is None:
+            hidden = self._model.model(input_ids, use_cache=False).last_hidden_state
+            return hidden, list(self._parameters.values())
+        leaf = self.weights.detach().requires_grad_()
+        return self._lean(input_ids, self._pieces(leaf.to(self._model.dtype))), [leaf]
+
+    def _pieces(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Tensors end to end, as views by name and in shape."""
+        pieces = flat.split([p.numel() for p in self._parameters.values()])
+        return {name: piece.view(p.shape) for (name, p), piece in zip(self._parameters.items(), pieces, strict=True)}
+
+
+class EagerStep:
+    """The reference: the modules' own forward, batches as they come, on any device."""
+
+    bucket = 1
+
+    def __init__(self, student: Any, head: Head | None, settings: Distill) -> None:
+        self.descent = Descent(student, settings, lean=False)
+        self.device = student.device
+        self._head = head
+
+    def __call__(self, batch: Batch, learning_rate: float) -> torch.Tensor:
+        """One update; the losses [3] before it."""
+        losses, gradient = self.descent.gradient(batch, self._head)
+        self.descent.apply(gradient, learning_rate)
+        return losses
+
+
+class GraphStep:
+    """Forward, backward and update as one CUDA graph for each padded shape, all in one pool of memory."""
+
+    bucket = BUCKET
+
+    def __init__(self, student: Any, head: Head | None, settings: Distill) -> None:
+        self.descent = Descent(student, settings, lean=True)
+        self.device = student.device
+        self._head = head
+        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
+        self._learning_rate = torch.zeros((), device=student.device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch: Batch, learning_rate: float) -> torch.Tensor:
+        """One update; the losses [3] before it, which the next call overwrites."""
+        shape = (*batch.input_ids.shape, *batch.rows.shape)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(batch)
+        graph, inputs, losses = self._graphs[shape]
+        for held, given in zip(inputs.present(), batch.present(), strict=True):
+            held.copy_(given)
+        self._learning_rate.fill_(learning_rate)
+        graph.replay()
+        return losses
+
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]:
+        """Record an update without doing it: weights, momenta and the random state are as before."""
+        inputs = batch.map(torch.clone)
+        random_state = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.descent.gradient(inputs, self._head)  # libraries allocate their workspaces now, outside the graph
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            losses, gradient = self.descent.gradient(inputs, self._head)
+            self.descent.apply(gradient, self._learning_rate)
+        torch.cuda.set_rng_state(random_state)
+        return graph, inputs, losses
+
+
+def make_step(student: Any, head: Head | None, settings: Distill) -> EagerStep | GraphStep:
+    """The step that `distill.step` asks for; `head` is the teacher's, None to train on labels alone."""
+    able = student.device.type == "cuda" and runs_lean(student)
+    if settings.step == "graph" and not able:
+        raise UserError(
+            "distill.step: graph needs a CUDA device and a Llama student without biases; use `auto` or `eager`"
+        )
+    kind = GraphStep if able and settings.step != "eager" else EagerStep
+    return kind(student, head.to(str(student.device)) if head else None, settings)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`. On a GPU each is copied on a stream of its own while the one before it is used."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream()
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied = batch.map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            event = stream.record_event()
+        if ahead:
+            yield _arrived(*ahead)
+        ahead = copied, event
+    if ahead:
+        yield _arrived(*ahead)
+
+
+def _arrived(batch: Batch, event: torch.cuda.Event) -> Batch:
+    """Let the current stream wait for the copies, and the allocator know that it uses them."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(event)
+    for tensor in batch.present():
+        tensor.record_stream(stream)
+    return batch
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
