@@ -46,7 +46,7 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
         storage=optuna.storages.RDBStorage(
             storage or f"sqlite:///{folder / STUDY}",
             heartbeat_interval=HEARTBEAT_S,
-            heartbeat_stale_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
         ),
         study_name=f"{experiment}-{'test' if on_test else len(judges)}-{run_key(config, experiment)[:16]}",
         load_if_exists=True,
