@@ -6,6 +6,7 @@ The original judged its trials on the test split, and so chose alpha and T with 
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections import deque
@@ -33,7 +34,8 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
     """Run trials until the study has `search.trials` in all, and write its best values and plots; returns the former.
 
     Processes and hosts that name one `storage` (an SQLAlchemy address; default: an SQLite file beside the results)
-    share one study. A killed search goes on where it was.
+    share one study; as each finishes the trial it is at, there can be a few more than asked for. A killed search goes
+    on where it was.
     """
     import optuna
 
@@ -44,7 +46,7 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
         storage=optuna.storages.RDBStorage(
             storage or f"sqlite:///{folder / STUDY}",
             heartbeat_interval=HEARTBEAT_S,
-            failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
         ),
         study_name=f"{experiment}-{'test' if on_test else len(judges)}-{run_key(config, experiment)}",
         load_if_exists=True,
@@ -57,12 +59,17 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
         student = fresh_student(config, experiment, lesson)
         records = descend(make_step(student, lesson.head, settings), training, lesson.states, settings)
         deque(progress(records, f"trial {trial.number}", "step"), maxlen=0)
-        return float(evaluate(student, judges, None, None, settings).cross_entropy)
+        loss = float(evaluate(student, judges, None, None, settings).cross_entropy)
+        if not math.isfinite(loss):
+            raise optuna.TrialPruned("training diverged")
+        return loss
 
-    states = (optuna.trial.TrialState.COMPLETE,)
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     enough = optuna.study.MaxTrialsCallback(config.search.trials, states=states)
     if len(study.get_trials(states=states)) < config.search.trials:
         study.optimize(objective, callbacks=[enough])
+    if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
+        raise UserError(f"{experiment}: training diverged in every trial; lower `distill.learning_rate`")
     best = {**study.best_params, "cross_entropy": study.best_value, "trials": len(study.get_trials(states=states))}
     with whole_folder(folder / "result") as work:
         write_json(work / "best.json", best)

@@ -57,6 +57,10 @@ def test_the_test_split_judges_only_when_asked_and_with_a_warning(capsys: pytest
 def test_unusable_searches_exit_2(
     ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ready["distill"]["learning_rate"] = 1e30
+    write_params(ready)
+    assert main(["search", "teacher-kd"]) == 2
+    assert "teacher-kd: training diverged in every trial; lower `distill.learning_rate`" in capsys.readouterr().err
     assert main(["search", "fine-tuning"]) == 2
     assert "fine-tuning: it learns from labels alone" in capsys.readouterr().err
     ready["search"]["eval_rows"] = 12
