@@ -77,7 +77,7 @@ def wait_for_others(left: Callable[[], int], what: str) -> None:
             elif time.monotonic() - since > STALL_S:
                 raise WorkFailedError(
                     f"{what}: {owed} of their shards are missing and none came for {STALL_S / 60:.0f} minutes; see how "
-                    " those processes ended (all need the same params, data, libraries and kind of GPU)"
+                    "those processes ended (all need the same params, data, libraries and kind of GPU)"
                 )
 
 

@@ -48,7 +48,7 @@ def remove_stale(target: Path, key: str) -> None:
     """Remove the unfinished folders of `target` that belong to another key than `key`."""
     name = _partial(target).name
     for folder in PARTIAL.glob(f"{name}-*"):
-        found = re.fullmatch(rf"{re.escape(name)}-([0-9a-f]+)", folder.name)
+        found = re.fullmatch(rf"{re.escape(name)}-([0-9a-f]+)(\.replaced)?", folder.name)
         if found and found[1] != key:
             _remove(folder)
 

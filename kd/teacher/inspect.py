@@ -17,7 +17,6 @@ def inspect(folder: Path) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in folder.iterdir())
     return {
         **manifest.model_dump(exclude={"shards", "examples"}),
-        "vocabulary_size": opened.head.vocabulary_size,
         "examples": len(manifest.examples),
         "rows": rows,
         "shards": len(manifest.shards),

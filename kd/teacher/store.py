@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Kind = Literal["states", "logits"]
 
 HEAD_FOLDER = "head"
+HEAD_FILE = "head.safetensors"
 MANIFEST = "manifest.json"
 SHARD_EXAMPLES = 16  # what a killed capture loses at most
 HEAD_ROWS = 8192  # of the head's weight on their way to the disk at a time
@@ -187,7 +188,7 @@ Head = TeacherHead | NoHead
 
 def write_head(folder: Path, model: ModelIdentity, head: TeacherHead) -> None:
     """Write a teacher's norm and head into an empty `folder`."""
-    path = folder / "head.safetensors"
+    path = folder / HEAD_FILE
     tensors = {"norm.weight": head.norm, "head.weight": head.weight}
     pieces = (piece for tensor in tensors.values() for piece in tensor.split(HEAD_ROWS))
     write_tensors(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, pieces)
@@ -212,12 +213,17 @@ def read_head(folder: Path) -> tuple[HeadManifest, TeacherHead]:
     """A teacher's head with its checksum verified."""
     from safetensors.torch import load_file
 
-    manifest = read_head_manifest(folder)
-    path = folder / "head.safetensors"
+    manifest = verify_head(folder)
+    tensors = load_file(folder / HEAD_FILE)
+    return manifest, TeacherHead(tensors["norm.weight"], tensors["head.weight"], manifest.norm_eps)
+
+
+def verify_head(folder: Path) -> HeadManifest:
+    """Compare a head with its checksum without loading it."""
+    manifest, path = read_head_manifest(folder), folder / HEAD_FILE
     if not path.exists() or sha256(path) != manifest.sha256:
         raise UserError(f"{path}: missing or not what its manifest says; run `kd head` again")
-    tensors = load_file(path)
-    return manifest, TeacherHead(tensors["norm.weight"], tensors["head.weight"], manifest.norm_eps)
+    return manifest
 
 
 class StoreWriter:
@@ -400,7 +406,7 @@ class TeacherStore:
     def verify(self) -> None:
         """Compare every file with its checksum; a UserError names the one that is not what was captured."""
         if self.manifest.kind == "states":
-            _ = self.head
+            verify_head(self._head_folder)
         paths = [self._path(number) for number in range(len(self.manifest.shards))]
         with ThreadPoolExecutor() as pool:
             for path, found, shard in zip(paths, pool.map(sha256, paths), self.manifest.shards, strict=True):

@@ -18,9 +18,10 @@ import torch
 import torch._dynamo  # which the first forward imports: before the forks, not in each of them
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401  (likewise)
 
+from kd import distributed
 from kd.cli import main
-from kd.distributed import Process, this_process
-from kd.errors import UserError
+from kd.distributed import Process, take_gpus, this_process, wait_for_others
+from kd.errors import UserError, WorkFailedError
 from kd.files import PARTIAL
 from kd.teacher import store
 from kd.teacher.backends.transformers import TransformersTeacher
@@ -234,3 +235,25 @@ def test_the_launcher_says_which_process_this_is() -> None:
         this_process({"RANK": "2", "WORLD_SIZE": "2"})
     with pytest.raises(UserError, match="WORLD_SIZE is 'two'"):
         this_process({"RANK": "1", "WORLD_SIZE": "two"})
+
+
+def test_each_process_takes_its_share_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for visible, local, local_world, expected in (
+        ("", 0, 1, ""),
+        ("", 1, 2, "2,3"),
+        ("4,5,6,7", 0, 2, "4,5"),
+        ("", 5, 8, "2"),
+        ("", 0, 8, "0"),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        take_gpus(Process(0, local_world, local, local_world))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_waiting_for_processes_that_ended_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "POLL_S", 0)
+    wait_for_others(iter([3, 3, 1, 0]).__next__, "teacher, base")
+    monkeypatch.setattr(distributed, "STALL_S", 0)
+    with pytest.raises(WorkFailedError, match="2 of their shards are missing"):
+        wait_for_others(lambda: 2, "teacher, base")
