@@ -243,7 +243,8 @@ def exactness(teacher: Teacher, loaded: Any, questions: list[Reading], folder: P
         difference = max(difference, float((rebuilt - own).abs().max()))
         deviation = float(own.float().std())
         student = own.float() + deviation * torch.randn_like(own.float())
-        losses = [float(reverse_kl(student.double() / TEMPERATURE, t.double() / TEMPERATURE)) for t in (own, rebuilt)]
+        softened = [(logits.double() / TEMPERATURE).log_softmax(-1) for logits in (student, own, rebuilt)]
+        losses = [float(reverse_kl(softened[0], teacher)[0].mean()) for teacher in softened[1:]]
         loss = max(loss, abs(losses[1] / losses[0] - 1))
     return {
         "questions": len(questions),
