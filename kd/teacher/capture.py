@@ -208,6 +208,7 @@ def _tells_what_is_kept(work: Path, writer: StoreWriter, shards: range) -> Itera
     """Let whoever stops the work, or learns that it failed, know what the next run starts with."""
 
     def kept() -> str:
+        writer.settle()
         there = len(shards) - len(missing(writer, shards))
         return f"{there} of {len(shards)} shards are kept in {work}; the same command goes on from there"
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,8 @@ Kind = Literal["states", "logits"]
 HEAD_FOLDER = "head"
 HEAD_FILE = "head.safetensors"
 MANIFEST = "manifest.json"
-SHARD_EXAMPLES = 16  # what a killed capture loses at most
+SHARD_EXAMPLES = 16
+WRITERS = 4  # shards on their way to the disk, which a killed capture loses at most, and what memory holds
 HEAD_ROWS = 8192  # of the head's weight on their way to the disk at a time
 
 
@@ -253,8 +254,8 @@ class StoreWriter:
         self._batch_rows = batch_rows
         self._shard = 0
         self._pending: list[tuple[Reading, torch.Tensor]] = []
-        self._thread = ThreadPoolExecutor(1)  # writes a shard while the next is read
-        self._writing: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(WRITERS)  # write shards while the next is read
+        self._writing: deque[Future[None]] = deque()
         self.shard_examples = max(SHARD_EXAMPLES, 2 * batch_rows)
 
     def has_shard(self, number: int) -> bool:
@@ -303,15 +304,19 @@ class StoreWriter:
     def flush(self) -> None:
         """Write what is pending as a shard, and return when it is on the disk."""
         self._write_pending()
-        if self._writing:
-            self._writing.result()
+        while self._writing:
+            self._writing.popleft().result()
+
+    def settle(self) -> None:
+        """Return when no shard is on its way any more, whatever became of them: something else has failed."""
+        wait(self._writing)
 
     def _write_pending(self) -> None:
-        if self._writing:
-            self._writing.result()  # one shard at a time, so memory holds two at most; and an error is raised here
+        if len(self._writing) == WRITERS:  # so memory holds few shards; and an error is raised here
+            self._writing.popleft().result()
         if self._pending:
             path = _shard(self._folder, self._kind, self._shard)
-            self._writing = self._thread.submit(_write_shard, path, self._kind, self._shard, self._pending)
+            self._writing.append(self._threads.submit(_write_shard, path, self._kind, self._shard, self._pending))
             self._pending = []
 
     def _written(self) -> Iterator[Path]:
