@@ -2,8 +2,8 @@
 
 A step over one question is bound by launches and by reading the weights, so layers that read the same input are joined
 into one product (the modules' own weights become views of it), and so are the adapters on them. The adapters' products
-run in the model's dtype, where PEFT runs them in float32; weights, gradients' sums and momenta stay float32. What that
-rounds away is far below what a bfloat16 model rounds anyway (docs/performance.md has both against float32).
+run in the model's dtype, where PEFT runs them in float32; their weights and momenta stay float32. What that rounds away
+is far below what a bfloat16 model rounds anyway (docs/performance.md has both against float32).
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.cli import main
+from kd.config import load_config
 from kd.dataset import read_examples
+from kd.distill.train import run_key
 from kd.prompts import primed
 
 ADAPTER = Path("artifacts/mini/adapters/teacher-kd")
@@ -190,6 +192,7 @@ KILL = """if True:
     from pathlib import Path
     from kd import files
     from kd.cli import main
+from kd.config import load_config
     from kd.distill import checkpoint, train
 
     step, count = sys.argv[1], int(sys.argv[2])
@@ -209,7 +212,6 @@ KILL = """if True:
 """
 
 
-@pytest.mark.usefixtures("ready")
 def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
     ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,8 +221,8 @@ def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
     before = {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()}
     shutil.rmtree(ADAPTER)
     capsys.readouterr()
-    # Before the first checkpoint, then between two, while the next is made, and when all updates are done.
-    for where, count in (("record", 3), ("record", 8), ("checkpoint", 2), ("end", 1)):
+    # Between two checkpoints, while the next is made, and when all updates are done.
+    for where, count in (("record", 8), ("checkpoint", 1), ("end", 1)):
         done = subprocess.run([sys.executable, "-c", KILL, where, str(count)], capture_output=True, text=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not ADAPTER.exists()
@@ -229,18 +231,21 @@ def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
     assert not list(Path(".partial").iterdir())
 
 
-@pytest.mark.usefixtures("ready")
-def test_checkpoints_of_another_run_are_not_taken_up(
+def test_a_run_goes_on_only_from_checkpoints_of_the_same_run(
     ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
 ) -> None:
-    ready["distill"]["checkpoint_every"] = 5
-    write_params(ready)
-    subprocess.run([sys.executable, "-c", KILL, "record", "8"], capture_output=True)
-    (stale,) = Path(".partial").iterdir()
+    def key() -> str:
+        write_params(ready)
+        return run_key(load_config(Path("params.yaml")), "teacher-kd")
+
+    keys = [key(), key()]
     ready["distill"]["alpha"] = 0.5
-    write_params(ready)
-    assert main(["train", "teacher-kd"]) == 0
-    assert not stale.exists()
+    keys.append(key())
+    data = Path("artifacts/mini/data/train.jsonl")
+    data.write_text(data.read_text().replace("How many", "How few", 1))
+    keys.append(key())
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_vocabulary_of_teacher_and_student_must_be_one(
