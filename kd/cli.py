@@ -90,6 +90,15 @@ def _add_stages(commands: Any) -> None:
     train.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters`, such as teacher-kd")
     assess = stage("assess", _assess, "let one student answer the test questions")
     assess.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as no-distillation")
+    way = assess.add_mutually_exclusive_group()
+    way.add_argument("--exact", action="store_true", help="generate one row at a time, as the original did")
+    way.add_argument(
+        "--compare",
+        metavar="N",
+        type=_count,
+        help="answer the first N questions both ways and print how many responses and answers are identical",
+    )
+    assess.add_argument("--json", action="store_true", help="with --compare, print one JSON document")
     report = stage("report", _report, "score every log, write the report and print the table")
     report.add_argument("--json", action="store_true", help="print results.json instead of the table")
     review = stage("review", _review, "decide by hand the responses of one experiment that no rule settles")
@@ -176,9 +185,13 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
     from kd.config import choose
 
     choose(options.experiment, list(config.experiments), "experiment", "experiments")
-    from kd.assess.score import assess
+    from kd.assess.run import assess, compare, comparison_text
 
-    assess(config, options.experiment)
+    if not options.compare:
+        assess(config, options.experiment, exact=options.exact)
+        return
+    compared = compare(config, options.experiment, options.compare)
+    _print(json.dumps(compared, indent=1) if options.json else comparison_text(compared))
 
 
 def _report(config: Config, options: argparse.Namespace) -> None:
@@ -233,6 +246,13 @@ def _fetch(options: argparse.Namespace) -> None:
 
     fetched = fetch(source=options.source or SOURCE)
     print(f"{DATA}: {', '.join(fetched) + ' fetched' if fetched else 'all files are there'}", file=sys.stderr)
+
+
+def _count(text: str) -> int:
+    """A positive whole number given on the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 up, found {text!r}")
+    return int(text)
 
 
 def _print(document: str) -> None:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,31 @@ def whole_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
     _remove(work)
     work.mkdir(parents=True)
     yield work
+    put_in_place(work, target)
+
+
+def unfinished_folder(target: Path, key: str) -> Path:
+    """The folder in which a run for `target` works, with whatever earlier runs of the same `key` left in it.
+
+    `key`, hexadecimal, stands for everything that shapes the result, so what is found there belongs to it. Fill the
+    folder with whole files, then `put_in_place`.
+    """
+    work = _partial(target).with_name(f"{_partial(target).name}-{key}")
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def remove_stale(target: Path, key: str) -> None:
+    """Remove the unfinished folders of `target` that belong to another key than `key`."""
+    name = _partial(target).name
+    for folder in PARTIAL.glob(f"{name}-*"):
+        found = re.fullmatch(rf"{re.escape(name)}-([0-9a-f]+)", folder.name)
+        if found and found[1] != key:
+            _remove(folder)
+
+
+def put_in_place(work: Path, target: Path) -> None:
+    """Move the finished folder `work` to `target`, whose earlier content is replaced whole."""
     _sync_tree(work)
     target.parent.mkdir(parents=True, exist_ok=True)
     replaced = work.with_name(work.name + ".replaced")
