@@ -3,10 +3,10 @@
     python benchmarks/assess.py [--tiny]
 
 A Llama in the shape of Llama 3.1 8B with random weights, bfloat16, on one GPU; `--tiny`, a very small one on the CPU,
-only shows that the benchmark runs. Prompts are random tokens of GSM8K's lengths and every row gets all of its 350 tokens
+only shows that the benchmark runs. Prompts are random tokens of GSM8K's lengths and no row ends before its limit
 (`min_new_tokens` there, no end token here), so the work does not depend on what random weights say. The batched figure
-is of whole rows, with prefill and the capture of CUDA graphs. The floor of a decode step is the time of reading the
-weights once at the bandwidth of a copy on the same device in the same run.
+is of whole rows, with prefill and the capture of CUDA graphs; of one row at a time some tokens are enough. The floor of
+a decode step is the time of reading the weights once at the bandwidth of a copy on the same device in the same run.
 """
 
 from __future__ import annotations

@@ -161,9 +161,9 @@ def _answer_into(
 
 
 def _refuse_failed(rows: Sequence[Row], questions: Questions, consequence: str) -> None:
-    failed = [f"{questions.examples[row.index].id} ({row.failure})" for row in rows if row.failure]
+    failed = [f"{questions.examples[row.index].id} failed ({row.failure})" for row in rows if row.failure]
     if failed:
-        raise WorkFailedError(f"{len(failed)} rows failed: {', '.join(failed)}; {consequence}")
+        raise WorkFailedError(f"{', '.join(failed)}; {consequence}")
 
 
 def _adapter(config: Config, experiment: str) -> Path | None:

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from asking import answers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kd import models
-from kd.assess.decode import Row
 from kd.assess.extract import extract
-from kd.assess.generate import Ending, Response, end_ids, respond, respond_one_at_a_time
 from kd.assess.score import COLUMNS, is_correct
 from kd.cli import main
 from kd.dataset import read_examples
@@ -42,24 +41,6 @@ def greedy(model: Any, token_ids: list[int], limit: int, end: int) -> list[int]:
         while len(new) < limit and end not in new:
             new.append(int(model(torch.tensor([token_ids + new])).logits[0, -1].argmax()))
     return new
-
-
-def rows_of(tokenizer: Any, prompts: list[str], limit: int) -> list[Row]:
-    return [Row(i, models.encode(tokenizer, prompt, bos=True), limit) for i, prompt in enumerate(prompts)]
-
-
-def answers(
-    model: Any, tokenizer: Any, prompts: list[str], limit: int, slots: int | None = 8, stop: tuple[str, ...] = ()
-) -> list[Response]:
-    """Responses in the prompts' order; `slots` None is one row at a time."""
-    rows, ending = rows_of(tokenizer, prompts, limit), Ending(tokenizer, end_ids(model), stop)
-    length = max(len(row.prompt) for row in rows) + limit
-    if slots is None:
-        ended = respond_one_at_a_time(model, rows, ending, "test")
-    else:
-        ended = respond(model, rows, ending, slots * (-(-length // 16) * 16), length, "test")
-    assert sorted(row.index for some in ended for row in some) == list(range(len(prompts)))
-    return [ending.response(row) for row in rows]
 
 
 def test_batches_answer_as_one_row_at_a_time_does(tiny_llama: Path) -> None:
