@@ -6,9 +6,9 @@ attention copies keys and values once per query head of a group. So the decode s
 in the same order over a static cache in which each row stands at its own position. Shapes and addresses never change,
 so on a GPU the step is a CUDA graph.
 
-On a CPU a row's tokens do not depend on what shares its batch: there a prompt is read alone and a step always works on
-all slots and positions, since the shapes of matrix products decide their last bits. On a GPU they may differ where two
-tokens are nearly equally likely.
+On a CPU a row's tokens do not depend on what shares its batch: there a prompt is read alone, a step works on a multiple
+of eight rows (MKL's matrix products then gave each row the same bits, whatever their number; with seven they did not)
+and attends to the whole cache. On a GPU they may differ where two tokens are nearly equally likely.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ STRIDE = 128  # positions by which the attended part of the cache grows on a GPU
 ALIGNMENT = 16  # positions; attention kernels read their mask in aligned pieces
 PREFILL_TOKENS = 8192  # of prompts read in one forward on a GPU
 REFILL = 8  # waiting rows join when this fraction (one in REFILL) of the slots is free, not one by one
+CPU_ROWS = 8  # rows of a step on a CPU come in multiples of this; the cache has room for them
 CACHE_SHARE = 0.8  # of the GPU memory that the weights left free; the rest is for activations and graphs
 NAN_TOKEN = -1  # where the logits hold one
 NOT_A_NUMBER = "its logits are not numbers (NaN)"
@@ -131,18 +132,19 @@ class SlotDecoder:
 
     def __init__(self, model: Any, slots: int, length: int) -> None:
         config = model.config
+        self.on_gpu = model.device.type == "cuda"
         self.model, self.slots, self.length = model, slots, length
+        held = slots if self.on_gpu else ceil(slots / CPU_ROWS) * CPU_ROWS
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, slots, self.kv_heads, length, self.head_dim)
+        shape = (config.num_hidden_layers, held, self.kv_heads, length, self.head_dim)
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)  # masked positions must be finite
         self.values = torch.zeros_like(self.keys)
-        self.numbers = torch.arange(slots, device=model.device)
+        self.numbers = torch.arange(held, device=model.device)
         self.positions = torch.arange(length, device=model.device)
         cosines, sines = model.model.rotary_emb(self.keys, self.positions[None])  # [1, length, head_dim]
         self.cosines, self.sines = cosines[0], sines[0]
-        self.inputs = torch.zeros(2, slots, dtype=torch.long, device=model.device)  # tokens, positions
-        self.on_gpu = model.device.type == "cuda"
+        self.inputs = torch.zeros(2, held, dtype=torch.long, device=model.device)  # tokens, positions
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def prefill(self, prompts: Mapping[int, list[int]]) -> dict[int, int]:
@@ -169,7 +171,7 @@ class SlotDecoder:
     def move_down(self, active: dict[int, Row]) -> None:
         """Move the rows of the highest slots into free lower ones, where steps on fewer rows come of it."""
         rows = self._rows(len(active))
-        if not active or rows >= self._rows(max(active) + 1):
+        if rows == self._rows(max(active) + 1):
             return
         free = (slot for slot in range(rows) if slot not in active)
         moves = {slot: next(free) for slot in list(active) if slot >= rows}
@@ -185,9 +187,11 @@ class SlotDecoder:
         self.values[:, slot] = 0
 
     def _rows(self, needed: int) -> int:
-        """How many rows a step works on: all, halved on a GPU as often as leaves the `needed` ones."""
+        """How many rows a step works on: on a GPU all slots, halved as often as leaves the `needed` ones."""
+        if not self.on_gpu:
+            return ceil(needed / CPU_ROWS) * CPU_ROWS
         rows = self.slots
-        while self.on_gpu and rows // 2 >= needed:
+        while rows // 2 >= needed:
             rows //= 2
         return rows
 

@@ -51,7 +51,7 @@ class Respondent:
         stop = config.experiments[experiment].stop
         self.ending = Ending(questions.tokenizer, end_ids(self.student), stop)
         self.batch_tokens = config.assess.batch_tokens
-        # Of all rows, not of those asked for: on a CPU the batch's shape is part of the result.
+        # Of all rows, not of those asked for, so that it is the same for what an interrupted run left.
         self.length = max(len(row.prompt) + row.limit for row in questions.rows)
         self.what = f"assess, {experiment}"
 
@@ -131,7 +131,7 @@ def read_questions(config: Config, experiment: str) -> Questions:
     settings = config.experiments[experiment]
     folder = models.model_folder(config.student.model)
     tokenizer = models.load_tokenizer(folder)
-    context = read_json(folder / "config.json", "a model configuration")["max_position_embeddings"]
+    context = models.context_length(folder)
     examples = read_examples(config.artifacts / "data" / "test.jsonl")
     prompts = [example.question + settings.suffix for example in examples]
     rows = []

@@ -133,8 +133,8 @@ def test_a_row_does_not_depend_on_what_shares_its_batch(llama: Any, tokenizer: A
     seen: list[torch.Tensor] = []
     llama.lm_head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.clone()))
     found = []
-    for slot, others in ((0, {}), (2, {0: 5, 4: 17}), (4, {1: 2, 2: 9, 3: 30})):  # lengths by slot
-        decoder = SlotDecoder(llama, 5, 64)
+    for slot, others in ((0, {}), (2, {0: 5, 4: 17}), (4, {1: 2, 20: 9, 3: 30})):  # lengths by slot; 8 and 24 rows
+        decoder = SlotDecoder(llama, 21, 64)
         with torch.inference_mode():
             decoder.prefill({slot: row.prompt} | {other: [7] * length for other, length in others.items()})
             decoder.step({slot: (9, len(row.prompt))} | {other: (3, length) for other, length in others.items()})
