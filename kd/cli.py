@@ -103,6 +103,15 @@ def _add_stages(commands: Any) -> None:
     train.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters`, such as teacher-kd")
     assess = stage("assess", _assess, "let one student answer the test questions")
     assess.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as no-distillation")
+    way = assess.add_mutually_exclusive_group()
+    way.add_argument("--exact", action="store_true", help="generate one row at a time, as the original did")
+    way.add_argument(
+        "--compare",
+        metavar="N",
+        type=_count,
+        help="answer the first N questions both ways and print how many responses and answers are identical",
+    )
+    assess.add_argument("--json", action="store_true", help="with --compare, print one JSON document")
     statistics = stage("statistics", _statistics, "measure how sure the teacher is behind each prompt")
     statistics.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     search = stage("search", _search, "search alpha and T for one student: Bayesian, resumable, by many processes")
@@ -215,9 +224,13 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
     from kd.config import choose
 
     choose(options.experiment, list(config.experiments), "experiment", "experiments")
-    from kd.assess.score import assess
+    from kd.assess.run import assess, compare, comparison_text
 
-    assess(config, options.experiment)
+    if not options.compare:
+        assess(config, options.experiment, exact=options.exact)
+        return
+    compared = compare(config, options.experiment, options.compare)
+    _print(json.dumps(compared, indent=1) if options.json else comparison_text(compared))
 
 
 def _statistics(config: Config, options: argparse.Namespace) -> None:
@@ -315,6 +328,13 @@ def _store_import(config: Config, options: argparse.Namespace) -> None:
     from kd.teacher.exchange import import_logits
 
     import_logits(config, options.file, options.path, options.prompt)
+
+
+def _count(text: str) -> int:
+    """A positive whole number given on the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 up, found {text!r}")
+    return int(text)
 
 
 def _print(document: str) -> None:

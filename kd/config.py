@@ -185,17 +185,21 @@ class Adapter(Params):
 
 
 class Assess(Params):
-    """How responses are generated; `batch_rows` questions at a time."""
+    """How responses are generated: many at once, in a key-value cache of at most `batch_tokens` positions."""
 
-    batch_rows: Count
+    batch_tokens: Count
 
 
 class Experiment(Params):
-    """One row of the table: the bare student (`needs: data`) or one adapter, and how it is asked."""
+    """One row of the table: the bare student (`needs: data`) or one adapter, and how it is asked.
+
+    A response ends at an end token, before one of the strings `stop`, or at the limit.
+    """
 
     needs: str
     suffix: str = ""
     max_new_tokens: Count
+    stop: list[Annotated[str, Field(min_length=1)]] = []
 
     @property
     def adapter(self) -> str | None:

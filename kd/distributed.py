@@ -59,15 +59,15 @@ def take_gpus(process: Process) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[i] for i in share)
 
 
-def wait_for_others(left: Callable[[], int], what: str) -> None:
-    """Return once `left()`, the number of files that other processes still owe, is 0.
+def wait_for_others(left: Callable[[], int], what: str, unit: str = "shard") -> None:
+    """Return once `left()`, the number of `unit`s that other processes still owe, is 0.
 
     WorkFailedError where none has come for half an hour.
     """
     owed, since = left(), time.monotonic()
     if not owed:
         return
-    with progress((), what, "shard", total=owed) as bar:
+    with progress((), what, unit, total=owed) as bar:
         while owed:
             time.sleep(POLL_S)
             still = left()
@@ -76,8 +76,8 @@ def wait_for_others(left: Callable[[], int], what: str) -> None:
                 owed, since = still, time.monotonic()
             elif time.monotonic() - since > STALL_S:
                 raise WorkFailedError(
-                    f"{what}: {owed} of their shards are missing and none came for {STALL_S / 60:.0f} minutes; see how "
-                    "those processes ended (all need the same params, data, libraries and kind of GPU)"
+                    f"{what}: {owed} of their {unit}s are missing and none came for {STALL_S / 60:.0f} minutes; see "
+                    "how those processes ended (all need the same params, data, libraries and kind of GPU)"
                 )
 
 

@@ -56,6 +56,14 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def context_length(folder: Path) -> int:
+    """The most tokens that the folder's model was made to read at once."""
+    from transformers import AutoConfig
+
+    length: int = AutoConfig.from_pretrained(folder, trust_remote_code=False).max_position_embeddings
+    return length
+
+
 def load_model(folder: Path, dtype: config.Dtype, device: str) -> Any:
     """The folder's causal language model in `dtype` on `device`, in evaluation mode."""
     import torch

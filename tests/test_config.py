@@ -15,10 +15,10 @@ PROFILES = Path(__file__).parent.parent / "profiles"
 
 
 @pytest.mark.parametrize("profile", ["mini", "paper"])
-def test_profiles_load_and_hold_the_six_published_experiments(profile: str) -> None:
+def test_profiles_load_and_hold_the_six_published_experiments_and_the_fair_control(profile: str) -> None:
     config = load_config(PROFILES / f"{profile}.yaml")
     assert config.profile == profile
-    assert list(config.experiments) == list(RESULTS)
+    assert list(config.experiments) == [*RESULTS, "no-distillation-matched"]
     assert config.prompts == list(PROMPTS)
 
 

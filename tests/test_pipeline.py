@@ -72,10 +72,10 @@ def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path) -> None:
     table = repro(clone)
     assert "ground-truth-kd" in table
     results = json.loads((clone / "artifacts/mini/report/results.json").read_text())
-    assert len(results["experiments"]) == 6
+    assert len(results["experiments"]) == 7
     assert all(result["rows"] == 4 for result in results["experiments"].values())
     first = outputs(clone)
-    assert len(first) == 19  # data, head, 4 teachers, statistics, 5 adapters, 6 logs, report
+    assert len(first) == 20  # data, head, 4 teachers, statistics, 5 adapters, 7 logs, report
 
     assert "up to date" in repro(clone)
 

@@ -1,21 +1,17 @@
-"""Greedy answers of a student to the test questions, in batches sorted by length."""
+"""Greedy responses of a student to prompts: many at once, or one row at a time as the original did."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from kd import models
-from kd.distill.alignment import student_token_ids
-from kd.errors import UserError
-from kd.files import read_json
+import torch
+
+from kd import config, models
+from kd.assess.decode import NOT_A_NUMBER, Row, decode
 from kd.progress import progress, show_state
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
-    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -27,76 +23,113 @@ class Response:
     reached_limit: bool
 
 
-def load_student(folder: Path, dtype: Any, adapter: Path | None, base_name: str, device: str) -> Any:
+@dataclass(frozen=True)
+class Ending:
+    """Where a response ends: behind an end token, before one of the strings `stop`, or at its row's limit."""
+
+    tokenizer: Any
+    end_ids: frozenset[int]
+    stop: Sequence[str] = ()
+
+    def reached(self, row: Row) -> bool:
+        """Whether `row` ends with its newest token."""
+        if row.new[-1] in self.end_ids or len(row.new) == row.limit:
+            return True
+        return bool(self.stop) and self._stops(self._text(row))
+
+    def response(self, row: Row) -> Response:
+        """What an ended row says."""
+        text = self._text(row)
+        at_limit = len(row.new) == row.limit and row.new[-1] not in self.end_ids and not self._stops(text)
+        cut = min((text.index(string) for string in self.stop if string in text), default=len(text))
+        return Response(text[:cut], len(row.new), at_limit)
+
+    def _stops(self, text: str) -> bool:
+        return any(string in text for string in self.stop)
+
+    def _text(self, row: Row) -> str:
+        text: str = self.tokenizer.decode(row.new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def load_student(folder: Path, dtype: config.Dtype, adapter: Path | None, device: str) -> Any:
     """The student, with an adapter merged into its weights in memory where one is given."""
     model = models.load_model(folder, dtype, device)
     if adapter is None:
         return model
     from peft import PeftModel
 
-    trained_on = read_json(adapter / "adapter_config.json", "an adapter").get("base_model_name_or_path")
-    if trained_on != base_name:
-        raise UserError(f"{adapter}: an adapter for {trained_on}, not for the student {base_name}; train it again")
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
-def respond(
-    student: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, batch_rows: int, what: str
-) -> list[Response]:
-    """Continue every prompt greedily until an end token or `max_new_tokens`; responses in the prompts' order."""
-    token_ids = [student_token_ids(tokenizer, prompt) for prompt in prompts]
-    # Rows of like length share a batch, so little is padding; the longest first, so memory peaks at the start.
-    order = sorted(range(len(prompts)), key=lambda i: (-len(token_ids[i]), i))
-    responses: dict[int, Response] = {}
-    with progress((), what, "question", total=len(prompts)) as bar:
-        for start in range(0, len(order), batch_rows):
-            rows = order[start : start + batch_rows]
-            batch = _batch(student, tokenizer, [token_ids[i] for i in rows], max_new_tokens, bar)
-            responses.update(zip(rows, batch, strict=True))
-            bar.update(len(rows))
-    return [responses[i] for i in range(len(prompts))]
-
-
-def _batch(
-    student: Any, tokenizer: Any, token_ids: list[list[int]], max_new_tokens: int, bar: tqdm[Any]
-) -> list[Response]:
-    import torch
-
-    def show_step(ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        """Called after each token; never stops a row, but says where a long batch stands."""
-        show_state(bar, f"token {ids.shape[1] - input_ids.shape[1]} of {max_new_tokens}")
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
+def end_ids(student: Any) -> frozenset[int]:
+    """The tokens that end a response, as the model's generation settings name them."""
     ends = student.generation_config.eos_token_id
-    end_ids = ends if isinstance(ends, list) else [ends]
-    input_ids, mask = _pad_left(token_ids, end_ids[0], student.device)
-    with torch.inference_mode():
-        output = student.generate(
-            input_ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            pad_token_id=end_ids[0],
-            stopping_criteria=[show_step],
-        )
-    return [_response(tokenizer, row, end_ids, max_new_tokens) for row in output[:, input_ids.shape[1] :].tolist()]
+    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
 
 
-def _pad_left(rows: list[list[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask [rows, longest]; the padding comes first and is masked."""
-    import torch
-
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+def respond(
+    student: Any, rows: Sequence[Row], ending: Ending, batch_tokens: int, length: int, what: str
+) -> Iterator[list[Row]]:
+    """Continue every row greedily, many at once (`decode.decode`); yields rows as they end or fail."""
+    return _shown(decode(student, rows, batch_tokens, length, ending.reached), len(rows), what)
 
 
-def _response(tokenizer: Any, new_ids: list[int], end_ids: list[int], max_new_tokens: int) -> Response:
-    """Cut a generated row behind its first end token; what follows is padding."""
-    ended = next((i for i, token in enumerate(new_ids) if token in end_ids), None)
-    kept = new_ids if ended is None else new_ids[: ended + 1]
-    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Response(text, len(kept), ended is None and len(kept) == max_new_tokens)
+def respond_one_at_a_time(student: Any, rows: Sequence[Row], ending: Ending, what: str) -> Iterator[list[Row]]:
+    """Continue every row greedily by `transformers`' own generate, as the original did; yields each as it ends."""
+    return _shown(_one_at_a_time(student, rows, ending), len(rows), what)
+
+
+def _shown(steps: Iterator[list[Row]], total: int, what: str) -> Iterator[list[Row]]:
+    """`steps` without the empty ones, with progress on stderr."""
+    tokens = 0
+    with progress((), what, "question", total=total) as bar:
+        for number, ended in enumerate(steps, start=1):
+            tokens += sum(len(row.new) for row in ended)
+            show_state(bar, f"step {number}, {tokens} tokens finished")
+            if ended:
+                bar.update(len(ended))
+                yield ended
+
+
+def _one_at_a_time(student: Any, rows: Sequence[Row], ending: Ending) -> Iterator[list[Row]]:
+    for row in rows:
+        try:
+            row.new = _generate(student, row, ending)
+        except RuntimeError as error:  # torch's; out of memory is one of them
+            row.failure = " ".join(str(error).split())
+        yield [row]
+
+
+@torch.inference_mode()
+def _generate(student: Any, row: Row, ending: Ending) -> list[int]:
+    ids = torch.tensor([row.prompt], device=student.device)
+    output = student.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=row.limit,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        pad_token_id=min(ending.end_ids, default=0),  # nothing is padded; it only silences a warning
+        logits_processor=[_refuse_nan],
+        stopping_criteria=[_stops_when(row, ending)],
+    )
+    new: list[int] = output[0, len(row.prompt) :].tolist()
+    return new
+
+
+def _refuse_nan(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    if logits.isnan().any():
+        raise RuntimeError(NOT_A_NUMBER)
+    return logits
+
+
+def _stops_when(row: Row, ending: Ending) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`ending` in the form that `generate` takes."""
+
+    def stops(ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        ended = ending.reached(Row(row.index, row.prompt, row.limit, ids[0, len(row.prompt) :].tolist()))
+        return torch.tensor([ended], device=ids.device)
+
+    return stops

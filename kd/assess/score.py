@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kd import models
 from kd.assess.extract import extract, without_prompt
-from kd.assess.generate import load_student, respond
 from kd.assess.review import NO_ANSWER, OpenRow, read_decisions, reviews_file
 from kd.assess.rules.number import canonical
 from kd.assess.rules.rule import UNDECIDED
 from kd.config import Config
-from kd.dataset import final_answer, read_examples
+from kd.dataset import Example, final_answer
 from kd.errors import UserError
-from kd.files import read_table, write_whole_file
+from kd.files import read_table
+
+if TYPE_CHECKING:
+    from kd.assess.generate import Response
 
 COLUMNS = (
     "question",
@@ -45,28 +48,8 @@ class Score:
         return sum(self.right)
 
 
-def assess(config: Config, experiment: str) -> None:
-    """Let one student answer the test questions and write artifacts/<profile>/logs/<experiment>.csv."""
-    settings = config.experiments[experiment]
-    examples = read_examples(config.artifacts / "data" / "test.jsonl")
-    folder = models.model_folder(config.student.model)
-    adapter = config.artifacts / "adapters" / settings.adapter if settings.adapter else None
-    student = load_student(
-        folder,
-        config.student.dtype,
-        adapter,
-        models.model_name(config.student.model),
-        models.default_device(),
-    )
-    prompts = [example.question + settings.suffix for example in examples]
-    responses = respond(
-        student,
-        models.load_tokenizer(folder),
-        prompts,
-        settings.max_new_tokens,
-        config.assess.batch_rows,
-        f"assess, {experiment}",
-    )
+def log_text(examples: Sequence[Example], prompts: Sequence[str], responses: Sequence[Response]) -> str:
+    """The CSV file of one student's responses to the prompts made of `examples`, in their order."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -84,7 +67,7 @@ def assess(config: Config, experiment: str) -> None:
                 is_correct(found.answer, example.answer),
             ]
         )
-    write_whole_file(log_file(config, experiment), table.getvalue())
+    return table.getvalue()
 
 
 def is_correct(answer: str | None, true_answer: str) -> bool:

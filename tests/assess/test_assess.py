@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from asking import answers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kd import models
 from kd.assess.extract import extract
-from kd.assess.generate import respond
 from kd.assess.score import COLUMNS, is_correct
 from kd.cli import main
 from kd.dataset import read_examples
@@ -50,8 +50,8 @@ def test_batches_answer_as_one_row_at_a_time_does(tiny_llama: Path) -> None:
     expected = [
         greedy(model, models.encode(tokenizer, prompt, bos=True), 12, tokenizer.eos_token_id) for prompt in prompts
     ]
-    for batch_rows in (1, 2, 5):
-        responses = respond(model, tokenizer, prompts, 12, batch_rows, "test")
+    for slots in (None, 1, 2, 5):
+        responses = answers(model, tokenizer, prompts, 12, slots)
         for response, ids in zip(responses, expected, strict=True):
             assert response.text == tokenizer.decode(ids, skip_special_tokens=True)
             assert response.tokens == len(ids)
@@ -61,11 +61,11 @@ def test_batches_answer_as_one_row_at_a_time_does(tiny_llama: Path) -> None:
 def test_end_token_ends_a_row_and_is_counted(tiny_llama: Path) -> None:
     model = models.load_model(tiny_llama, "float32", "cpu")
     tokenizer = models.load_tokenizer(tiny_llama)
-    second = respond(model, tokenizer, ["Tom"], 2, 1, "test")[0]
+    second = answers(model, tokenizer, ["Tom"], 2)[0]
     [_, end] = greedy(model, models.encode(tokenizer, "Tom", bos=True), 2, -1)
     assert second.reached_limit
     model.generation_config.eos_token_id = end
-    stopped = respond(model, tokenizer, ["Tom", "Why is it so?"], 9, 2, "test")[0]
+    stopped = answers(model, tokenizer, ["Tom", "Why is it so?"], 9)[0]
     assert stopped.tokens == 2
     assert not stopped.reached_limit
 
@@ -112,7 +112,7 @@ def test_adapter_changes_the_answers_and_must_fit_the_student(
     assert main(["assess", "fine-tuning"]) == 0
     model, tokenizer = models.load_model(tiny_llama, "float32", "cpu"), models.load_tokenizer(tiny_llama)
     rows = read_log("fine-tuning")
-    bare = respond(model, tokenizer, [row["question"] for row in rows], 6, 6, "test")
+    bare = answers(model, tokenizer, [row["question"] for row in rows], 6)
     assert [row["model_answer"] for row in rows] != [
         row["question"] + r.text for row, r in zip(rows, bare, strict=True)
     ]

@@ -43,12 +43,13 @@ def test_results_hold_counts_intervals_and_published_figures(capsys: pytest.Capt
         "confidence-kd",
         "teacher-kd",
         "ground-truth-kd",
+        "no-distillation-matched",
     ]
     row = results["experiments"]["confidence-kd"]
     assert (row["correct"], row["rows"], row["accuracy"], row["undecided"]) == (3, 6, 0.5, [6])
     assert row["published_accuracy"] == 0.3404
     assert row["interval"] == pytest.approx([0.1876, 0.8124], abs=1e-4)
-    assert len(results["comparisons"]) == 15
+    assert len(results["comparisons"]) == 21
     first = results["comparisons"][0]
     assert (first["first"], first["second"], first["only_first"], first["only_second"]) == (
         "no-distillation",
@@ -64,8 +65,10 @@ def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) ->
     assert main(["report"]) == 0
     printed, pairs = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
     assert printed[0].split() == "Experiment Accuracy 95 % interval Correct By hand Undecided Published".split()
-    assert printed[-1].split() == ["ground-truth-kd", "83.33%", "43.6%", "to", "97.0%", "5/6", "0", "1", "48.14%"]
-    assert pairs[-1].split()[:3] == ["teacher-kd", "ground-truth-kd", "-16.67%"]
+    assert printed[-1].split()[0] == "no-distillation-matched"
+    assert printed[-1].endswith("not in the paper")
+    assert printed[-2].split() == ["ground-truth-kd", "83.33%", "43.6%", "to", "97.0%", "5/6", "0", "1", "48.14%"]
+    assert pairs[-1].split()[:3] == ["ground-truth-kd", "no-distillation-matched", "-16.67%"]
     text = (REPORT / "results.md").read_text()
     assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | 0 | 1 | 48.14% |" in text
     assert "| no-distillation | fine-tuning | -16.67% |" in text

@@ -1,0 +1,201 @@
+"""Running an assessment: which rows are asked, who answers them, what is kept when it stops, and the log at its end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kd import models
+from kd.assess.decode import Row
+from kd.assess.extract import extract
+from kd.assess.generate import Ending, Response, end_ids, load_student, respond, respond_one_at_a_time
+from kd.assess.journal import Journal
+from kd.assess.score import log_file, log_text
+from kd.config import Config
+from kd.dataset import Example, read_examples
+from kd.distill.alignment import student_token_ids
+from kd.distributed import take_gpus, this_process, wait_for_others
+from kd.errors import UserError, WorkFailedError
+from kd.files import read_json, remove_stale, sha256, unfinished_folder, write_whole_file
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """An experiment's test questions as its student reads them: as text in `prompts`, as tokens in `rows`."""
+
+    examples: list[Example]
+    prompts: list[str]
+    rows: list[Row]
+    tokenizer: Any
+
+
+class Respondent:
+    """An experiment's student, loaded, that answers rows of `questions`."""
+
+    def __init__(self, config: Config, experiment: str, questions: Questions) -> None:
+        self.student = load_student(
+            models.model_folder(config.student.model),
+            config.student.dtype,
+            _adapter(config, experiment),
+            models.default_device(),
+        )
+        stop = config.experiments[experiment].stop
+        self.ending = Ending(questions.tokenizer, end_ids(self.student), stop)
+        self.batch_tokens = config.assess.batch_tokens
+        # Of all rows, not of those asked for, so that it is the same for what an interrupted run left.
+        self.length = max(len(row.prompt) + row.limit for row in questions.rows)
+        self.what = f"assess, {experiment}"
+
+    def answer(self, rows: Sequence[Row], exact: bool) -> Iterator[list[Row]]:
+        """Rows as they end or fail, in no particular order."""
+        if exact:
+            return respond_one_at_a_time(self.student, rows, self.ending, self.what)
+        return respond(self.student, rows, self.ending, self.batch_tokens, self.length, self.what)
+
+
+def assess(config: Config, experiment: str, *, exact: bool = False) -> None:
+    """Let one student answer the test questions and write artifacts/<profile>/logs/<experiment>.csv.
+
+    Rows that an unfinished run of the same assessment left are kept. Of several processes each does a part and the
+    first writes the log. `exact` generates one row at a time, as the original did.
+    """
+    process = this_process()
+    take_gpus(process)
+    questions = read_questions(config, experiment)
+    target, key = log_file(config, experiment), _key(config, experiment, questions, exact)
+    journal = Journal(unfinished_folder(target, key), process.rank)
+    count, done = len(questions.rows), journal.read()
+    todo = [questions.rows[i] for i in process.part(count) if i not in done]
+    if todo:
+        _answer_into(journal, config, experiment, questions, todo, exact)
+    if process.rank == 0:
+        remove_stale(target, key)
+        waiting = f"assess, {experiment}, waiting for other processes"
+        wait_for_others(lambda: count - len(journal.read()), waiting, "row")
+        responses = journal.read()
+        in_order = [responses[i] for i in range(count)]
+        write_whole_file(target, log_text(questions.examples, questions.prompts, in_order))
+        shutil.rmtree(journal.folder)
+
+
+def compare(config: Config, experiment: str, count: int) -> dict[str, Any]:
+    """Answer the first `count` test questions both ways: which share of the responses, and of the answers that the
+    rules take from them, is identical, and how long each way took (seconds). Writes nothing."""
+    questions = read_questions(config, experiment)
+    respondent = Respondent(config, experiment, questions)
+    responses: dict[str, list[Response]] = {}
+    seconds: dict[str, float] = {}
+    for way in ("batched", "exact"):
+        start = time.perf_counter()
+        rows = [Row(row.index, row.prompt, row.limit) for row in questions.rows[:count]]
+        for ended in respondent.answer(rows, exact=way == "exact"):
+            _refuse_failed(ended, questions, "nothing is compared")
+        seconds[way] = time.perf_counter() - start
+        responses[way] = [respondent.ending.response(row) for row in rows]
+    answers = {way: [found.answer for found in extract(r.text for r in given)] for way, given in responses.items()}
+    return {
+        "experiment": experiment,
+        "rows": len(responses["exact"]),
+        "identical_responses": _share_alike(responses["batched"], responses["exact"]),
+        "identical_answers": _share_alike(answers["batched"], answers["exact"]),
+        "tokens": {way: sum(response.tokens for response in given) for way, given in responses.items()},
+        "seconds": seconds,
+    }
+
+
+def comparison_text(compared: dict[str, Any]) -> str:
+    """The result of `compare` as a few lines for a terminal."""
+    tokens, seconds = compared["tokens"], compared["seconds"]
+    lines = [f"{way}: {seconds[way]:.1f} s, {tokens[way] / seconds[way]:.0f} tokens/s" for way in ("batched", "exact")]
+    return "\n".join(
+        [
+            f"{compared['experiment']}, {compared['rows']} rows",
+            f"identical responses: {compared['identical_responses']:.1%}",
+            f"identical extracted answers: {compared['identical_answers']:.1%}",
+            *lines,
+        ]
+    )
+
+
+def read_questions(config: Config, experiment: str) -> Questions:
+    """The prepared test questions with the experiment's suffix; a UserError where one does not fit the context."""
+    settings = config.experiments[experiment]
+    folder = models.model_folder(config.student.model)
+    tokenizer = models.load_tokenizer(folder)
+    context = models.context_length(folder)
+    examples = read_examples(config.artifacts / "data" / "test.jsonl")
+    prompts = [example.question + settings.suffix for example in examples]
+    rows = []
+    for index, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        token_ids = student_token_ids(tokenizer, prompt)
+        if len(token_ids) >= context:
+            raise UserError(
+                f"{example.id}: {len(token_ids)} tokens leave no room for an answer in the student's context of "
+                f"{context}; shorten the question or leave it out of the data"
+            )
+        rows.append(Row(index, token_ids, min(settings.max_new_tokens, context - len(token_ids))))
+    return Questions(examples, prompts, rows, tokenizer)
+
+
+def _answer_into(
+    journal: Journal, config: Config, experiment: str, questions: Questions, todo: Sequence[Row], exact: bool
+) -> None:
+    """Answer the rows in `todo` and keep each in the journal; WorkFailedError names those that failed."""
+    kept = f"finished rows are kept in {journal.folder}; the same command tries only the others again"
+    try:
+        respondent = Respondent(config, experiment, questions)
+        for ended in respondent.answer(todo, exact):
+            journal.add({row.index: respondent.ending.response(row) for row in ended if not row.failure})
+    except RuntimeError as error:  # torch's: a failing GPU
+        raise WorkFailedError(f"{' '.join(str(error).split())}; {kept}") from error
+    _refuse_failed(todo, questions, kept)
+
+
+def _refuse_failed(rows: Sequence[Row], questions: Questions, consequence: str) -> None:
+    failed = [f"{questions.examples[row.index].id} failed ({row.failure})" for row in rows if row.failure]
+    if failed:
+        raise WorkFailedError(f"{', '.join(failed)}; {consequence}")
+
+
+def _adapter(config: Config, experiment: str) -> Path | None:
+    """The experiment's adapter, refused unless it was trained on this student."""
+    name = config.experiments[experiment].adapter
+    if name is None:
+        return None
+    folder, base = config.artifacts / "adapters" / name, models.model_name(config.student.model)
+    trained_on = read_json(folder / "adapter_config.json", "an adapter").get("base_model_name_or_path")
+    if trained_on != base:
+        raise UserError(f"{folder}: an adapter for {trained_on}, not for the student {base}; train it again")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; run `kd train {name}` again")
+    return folder
+
+
+def _key(config: Config, experiment: str, questions: Questions, exact: bool) -> str:
+    """A short fingerprint of everything that shapes a log."""
+    adapter = _adapter(config, experiment)
+    files = [adapter / "adapter_config.json", adapter / ADAPTER_WEIGHTS] if adapter else []
+    about = [
+        config.student.model_dump(),
+        [sha256(file) for file in files],
+        config.assess.model_dump(),
+        config.experiments[experiment].model_dump(),
+        [(row.prompt, row.limit) for row in questions.rows],
+        exact,
+        models.default_device(),
+        [version(library) for library in ("torch", "transformers", "peft")],
+    ]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def _share_alike(some: Sequence[object], others: Sequence[object]) -> float:
+    return sum(one == other for one, other in zip(some, others, strict=True)) / len(some)
