@@ -122,6 +122,11 @@ def test_adapter_changes_the_answers_and_must_fit_the_student(
     assert main(["assess", "fine-tuning"]) == 2
     assert "an adapter for some/other-model, not for the student" in capsys.readouterr().err
 
+    config.write_text(config.read_text().replace("some/other-model", str(tiny_llama)))
+    config.with_name("adapter_model.safetensors").rename(config.with_name("adapter_model.bin"))
+    assert main(["assess", "fine-tuning"]) == 2
+    assert "no adapter_model.safetensors; run `kd train fine-tuning` again" in capsys.readouterr().err
+
 
 @given(st.integers(-(10**9), 10**9))
 def test_correct_means_the_same_number(number: int) -> None:
