@@ -188,6 +188,8 @@ def test_a_reviewer_who_is_interrupted_loses_no_answer(signal_number: signal.Sig
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        # A shell's background jobs ignore SIGINT and hand that down; a reviewer sits in the foreground.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.write(ours, b"10\n")
     deadline = time.monotonic() + 30
