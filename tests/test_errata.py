@@ -14,17 +14,8 @@ from kd import models
 from kd.config import BundledModel
 from kd.dataset import Example
 from kd.distill.alignment import match_examples, published_teacher_order, student_token_ids
+from kd.distill.worked import ANSWER, EXAMPLE, QUESTION
 from kd.teacher.capture import teacher_reading
-
-# The first row of GSM8K's training split.
-QUESTION = (
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
-    "How many clips did Natalia sell altogether in April and May?"
-)
-ANSWER = (
-    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
-    "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72"
-)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +34,9 @@ def test_keys_of_a_real_file_come_in_text_order(tmp_path: Path) -> None:
 
 
 def test_published_rows_are_unshifted_and_offset(tokenizer: Any) -> None:
-    example = Example("train-00001", QUESTION, ANSWER, ANSWER)
-    readings = [teacher_reading(tokenizer, "published", prompt, example) for prompt in ("base", "teacher")]
+    readings = [teacher_reading(tokenizer, "published", prompt, EXAMPLE) for prompt in ("base", "teacher")]
     base, primed = (reading.token_ids for reading in readings)
-    (match,) = match_examples("published", [example], tokenizer, 256, readings[:1]).kept
+    (match,) = match_examples("published", [EXAMPLE], tokenizer, 256, readings[:1]).kept
     question, answer = student_token_ids(tokenizer, QUESTION), student_token_ids(tokenizer, ANSWER)
     # 5: the student reads the question alone, and its row i meets token i of the answer, not the token that follows.
     assert match.input_ids == question
