@@ -92,11 +92,14 @@ def encode(tokenizer: Any, text: str, *, bos: bool, limit: int | None = None) ->
     return ([tokenizer.bos_token_id, *ids] if bos else list(ids))[:limit]
 
 
-def pad_right(batch: list[list[int]]) -> torch.Tensor:
-    """Token ids [rows, longest], filled up with token 0 behind each row, where a causal model does not look."""
+def pad_right(batch: list[list[int]], shortest: int = 1) -> torch.Tensor:
+    """Token ids [rows, longest], filled up with token 0 behind each row, where a causal model does not look.
+
+    Rows have at least `shortest` tokens.
+    """
     import torch
 
-    longest = max(map(len, batch))
+    longest = max(shortest, *map(len, batch))
     return torch.tensor([token_ids + [0] * (longest - len(token_ids)) for token_ids in batch])
 
 

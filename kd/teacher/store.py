@@ -156,12 +156,16 @@ class TeacherHead:
         return self.weight.shape[0]
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Float32 logits; the norm in float32 and the product in the head's own dtype, as in the teacher."""
+        """Float32 logits; the product in the head's own dtype, as in the teacher."""
+        return (self.normalized(states) @ self.weight.T).float()
+
+    def normalized(self, states: torch.Tensor) -> torch.Tensor:
+        """What the head multiplies: the norm in float32, its result in the head's dtype."""
         import torch
 
         wide = states.to(self.weight.device).float()  # in this order half as many bytes travel
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return ((self.norm * wide.to(self.norm.dtype)).to(self.weight.dtype) @ self.weight.T).float()
+        return (self.norm * wide.to(self.norm.dtype)).to(self.weight.dtype)
 
     def to(self, device: str) -> TeacherHead:
         """The same head on another device."""
@@ -256,6 +260,7 @@ class StoreWriter:
         self._pending: list[tuple[Reading, torch.Tensor]] = []
         self._threads = ThreadPoolExecutor(WRITERS)  # write shards while the next is read
         self._writing: deque[Future[None]] = deque()
+        self._read_back: dict[Path, _ReadBack] = {}  # of the shards that this process wrote
         self.shard_examples = max(SHARD_EXAMPLES, 2 * batch_rows)
 
     def has_shard(self, number: int) -> bool:
@@ -279,12 +284,13 @@ class StoreWriter:
     def finish(self, head_sha256: str | None) -> StoreManifest:
         """Write what is pending and the manifest of all shards, tied to the head they were captured with (`states`).
 
-        Every row is read back and compared with its checksum. WorkFailedError where an example is there twice or not
-        what was captured.
+        Every row is read back and compared with its checksum: what this process wrote as soon as it was written, beside
+        the teacher's work; what it found, or other processes wrote, now. WorkFailedError where an example is there
+        twice or not what was captured.
         """
         self.flush()
         with ThreadPoolExecutor() as pool:
-            found = list(pool.map(_read_back, self._written()))
+            found = list(pool.map(lambda path: self._read_back.get(path) or _read_back(path), self._written()))
         examples = [example for shard in found for example in shard.examples]
         _refuse_repeated(self._folder, [example.id for example in examples])
         manifest = StoreManifest(
@@ -316,8 +322,12 @@ class StoreWriter:
             self._writing.popleft().result()
         if self._pending:
             path = _shard(self._folder, self._kind, self._shard)
-            self._writing.append(self._threads.submit(_write_shard, path, self._kind, self._shard, self._pending))
+            self._writing.append(self._threads.submit(self._write_and_read_back, path, self._shard, self._pending))
             self._pending = []
+
+    def _write_and_read_back(self, path: Path, number: int, pending: list[tuple[Reading, torch.Tensor]]) -> None:
+        _write_shard(path, self._kind, number, pending)
+        self._read_back[path] = _read_back(path)
 
     def _written(self) -> Iterator[Path]:
         for number in range(len(list(self._folder.glob(f"{self._kind}-*.safetensors")))):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 CACHES = {None: "ExLlamaV2Cache", "q4": "ExLlamaV2Cache_Q4", "q6": "ExLlamaV2Cache_Q6", "q8": "ExLlamaV2Cache_Q8"}
 SHORTEST_BUFFER = 64  # tokens; the library tries its layers on an input that fills the buffer
+# Up to so many tokens a forward, and in layers larger than `max_dq_size`, the library multiplies quantized weights in a
+# kernel that adds in whatever order its blocks end, so that two forwards differ; else it dequantizes and asks cuBLAS.
+UNORDERED_TOKENS = 32
 
 
 class ExLlamaV2Teacher:
@@ -32,14 +35,20 @@ class ExLlamaV2Teacher:
         # Together they bound one forward and its scratch memory.
         settings.max_batch_size, settings.max_input_len = teacher.batch_rows, max(longest, SHORTEST_BUFFER)
         self.model = library.ExLlamaV2(settings)
+        settings.max_dq_size = max(settings.max_dq_size, settings.hidden_size * settings.intermediate_size)
         # The cache only weighs on how the layers are split over the GPUs: a forward that is not given it ignores it.
         cache = getattr(library, CACHES[teacher.cache])(self.model, max_seq_len=settings.max_input_len, lazy=True)
         with progress((), f"loading {folder.name}", "module", len(self.model.modules)) as bar:
             self.model.load_autosplit(cache, callback=lambda done, _: bar.update(done - bar.n))
+        self._quantized = self.model.modules[1].is_quant()  # its first layer
 
     def states(self, batch: list[list[int]]) -> list[torch.Tensor]:
-        """One forward over a batch without the head: per row the final hidden states before the norm, float16."""
-        _, states = self.model.forward(models.pad_right(batch), last_id_only=True, return_last_state=True)
+        """One forward over a batch without the head: per row the final hidden states before the norm, float16.
+
+        The same batch gives the same bits; for that a quantized model reads padding behind a question of few tokens.
+        """
+        shortest = UNORDERED_TOKENS + 1 if self._quantized else 1
+        _, states = self.model.forward(models.pad_right(batch, shortest), last_id_only=True, return_last_state=True)
         return [row[: len(token_ids)] for row, token_ids in zip(states, batch, strict=True)]
 
     def head(self) -> TeacherHead:
