@@ -16,15 +16,15 @@ from typing import Any
 
 from kd.errors import UserError
 
-PARTIAL = Path(".partial")
+PARTIAL = ".partial"  # holds unfinished work, in the folder at the top of the target's path: on its file system
 
 
 @contextmanager
 def whole_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder to fill; it takes `target`'s place when the block ends without an error.
 
-    A killed or failed run leaves at most its unfinished folder under `partial` (default: `.partial/` beside
-    the pipeline), which the next run clears. A `target` from an earlier run stays until the new one is whole.
+    A killed or failed run leaves at most its unfinished folder under `partial` (default: in
+    `artifacts/.partial/`), which the next run clears. A `target` from an earlier run stays until the new one is whole.
     """
     work = partial or _partial(target)
     _remove(work)
@@ -47,7 +47,7 @@ def unfinished_folder(target: Path, key: str) -> Path:
 def remove_stale(target: Path, key: str) -> None:
     """Remove the unfinished folders of `target` that belong to another key than `key`."""
     name = _partial(target).name
-    for folder in PARTIAL.glob(f"{name}-*"):
+    for folder in _partial(target).parent.glob(f"{name}-*"):
         found = re.fullmatch(rf"{re.escape(name)}-([0-9a-f]+)(\.replaced)?", folder.name)
         if found and found[1] != key:
             _remove(folder)
@@ -79,7 +79,7 @@ def resumable_folder(target: Path, key: str) -> Iterator[Path]:
 def whole_file(target: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield the path of a file to write; it takes `target`'s place when the block ends without an error.
 
-    It is written at `partial` (default: under `.partial/`), on the file system of `target`.
+    It is written at `partial` (default: in `artifacts/.partial/`), on the file system of `target`.
     """
     work = partial or _partial(target)
     work.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,8 @@ def sha256(path: Path) -> str:
 
 
 def _partial(target: Path) -> Path:
-    return PARTIAL / "-".join(target.parts[-3:])
+    top = target.parent if target.is_absolute() or len(target.parts) == 1 else Path(target.parts[0])
+    return top / PARTIAL / "-".join(target.parts[-3:])
 
 
 def _remove(path: Path) -> None:

@@ -34,7 +34,7 @@ def test_wrong_usage_exits_2_without_a_traceback(arguments: list[str]) -> None:
 
 def test_a_full_disk_ends_with_1_and_a_sentence(tmp_path: Path) -> None:
     params = Path(__file__).parent.parent / "profiles" / "mini.yaml"
-    (tmp_path / ".partial").write_text("a file where the folder should be")
+    (tmp_path / "artifacts").write_text("a file where the folder should be")
     done = subprocess.run([*KD, "prepare", "--params", str(params)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("kd: ")

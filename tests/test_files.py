@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.files import PARTIAL, resumable_folder, whole_folder, write_text, write_whole_file
+from kd.files import resumable_folder, whole_file, whole_folder, write_text, write_whole_file
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def test_folder_appears_when_it_is_whole() -> None:
         write_text(work / "a", "one")
         assert not target.exists()
     assert (target / "a").read_text() == "one"
-    assert not list(PARTIAL.iterdir())
+    assert not list(Path("artifacts/.partial").iterdir())
 
 
 def test_failure_keeps_the_earlier_folder() -> None:
@@ -65,6 +65,23 @@ def test_whole_file_is_replaced_in_one_move() -> None:
         write_whole_file(target, text)
         assert target.read_bytes() == text.encode()
     assert [path.name for path in target.parent.iterdir()] == ["x.csv"]
+
+
+@pytest.mark.parametrize(
+    ("target", "partial"),
+    [
+        (Path("artifacts/mini/teacher/base"), Path("artifacts/.partial/mini-teacher-base")),
+        (Path("table.csv"), Path(".partial/table.csv")),
+    ],
+)
+def test_work_lies_on_the_file_system_of_its_target(target: Path, partial: Path, tmp_path: Path) -> None:
+    """`artifacts/` may be a volume of its own, and nothing can be renamed across volumes."""
+    with whole_file(target) as work:
+        write_text(work, "x")
+        assert work == partial
+    with whole_file(tmp_path / "elsewhere" / target) as work:
+        write_text(work, "x")
+        assert work.parent == (tmp_path / "elsewhere" / target).parent / ".partial"
 
 
 def interrupted(target: Path, key: str, name: str) -> Path:

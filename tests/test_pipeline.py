@@ -86,7 +86,7 @@ def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path) -> None:
 
     repro(clone, "--force", "--single-item", "teacher@teacher", "train@teacher-kd", "assess@teacher-kd", "report")
     assert outputs(clone) == first
-    assert not any((clone / ".partial").iterdir())
+    assert not any((clone / "artifacts/.partial").iterdir())
 
 
 def test_a_change_reruns_only_what_it_reaches(clone: Path) -> None:
@@ -117,12 +117,14 @@ def test_a_killed_stage_leaves_no_result_and_runs_again(clone: Path, stage: str)
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while not list((clone / ".partial").glob(work)) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list((clone / "artifacts/.partial").glob(work)) and process.poll() is None and time.monotonic() < deadline
+    ):
         time.sleep(0.001)
-    assert list((clone / ".partial").glob(work))
+    assert list((clone / "artifacts/.partial").glob(work))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (clone / "artifacts/mini" / folder).exists()
     repro(clone, "--single-item", stage)
     assert outputs(clone) == expected
-    assert not list((clone / ".partial").glob(work))
+    assert not list((clone / "artifacts/.partial").glob(work))

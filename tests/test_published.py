@@ -101,7 +101,7 @@ def test_what_is_not_whole_and_right_is_not_taken(
     assert main(["data", "fetch", "--source", server.url]) == 1
     assert "base-KD.csv" in capsys.readouterr().err
     assert there() == {name: body for name, body in server.files.items() if name != "base-KD.csv"}
-    assert not any(Path(".partial").iterdir())
+    assert not any(Path("data/.partial").iterdir())
     server.reply = whole
     assert main(["data", "fetch", "--source", server.url]) == 0
     assert there() == server.files

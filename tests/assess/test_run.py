@@ -59,7 +59,7 @@ def asked(capsys: pytest.CaptureFixture[str]) -> int:
 
 
 def journals() -> list[Path]:
-    return sorted(Path(".partial").glob("mini-logs-no-distillation.csv-*/*.jsonl"))
+    return sorted(Path("artifacts/.partial").glob("mini-logs-no-distillation.csv-*/*.jsonl"))
 
 
 def test_killed_anywhere_the_next_run_does_what_is_missing(
@@ -84,7 +84,7 @@ def test_killed_anywhere_the_next_run_does_what_is_missing(
     assert main(["assess", "no-distillation"]) == 0
     assert asked(capsys) == 24 - kept
     assert LOG.read_bytes() == expected
-    assert not any(Path(".partial").iterdir())
+    assert not any(Path("artifacts/.partial").iterdir())
 
 
 def test_every_prefix_of_the_work_leads_to_the_same_log(
@@ -120,7 +120,7 @@ def test_a_changed_setting_does_not_go_on_with_old_rows(
     capsys.readouterr()
     assert main(["assess", "no-distillation"]) == 0
     assert asked(capsys) == 6
-    assert not any(Path(".partial").iterdir())
+    assert not any(Path("artifacts/.partial").iterdir())
 
 
 def test_several_processes_write_the_log_of_one(

@@ -172,7 +172,8 @@ def test_diverging_run_stops_with_step_example_and_checkpoint_and_leaves_no_adap
     error = capsys.readouterr().err
     assert "kd: step 2 (train-00002): the loss became nan" in error
     assert re.search(
-        r"the last good checkpoint is \.partial/mini-adapters-teacher-kd-[0-9a-f]{16}/checkpoints/00000001", error
+        r"the last good checkpoint is artifacts/\.partial/mini-adapters-teacher-kd-[0-9a-f]{16}/checkpoints/00000001",
+        error,
     )
     assert "lower `distill.learning_rate`" in error
     assert not ADAPTER.exists()
@@ -224,11 +225,11 @@ def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
     shutil.rmtree(ADAPTER)
     done = subprocess.run([sys.executable, "-c", KILL], capture_output=True, text=True)
     assert done.stdout.split("\n") == ["_record 9 False", "write_json 9 False", "save_adapter 9 False", ""], done.stderr
-    (work,) = Path(".partial").iterdir()
+    (work,) = Path("artifacts/.partial").iterdir()
     assert [path.name for path in (work / "checkpoints").iterdir()] == ["00000024"]
     assert main(["train", "teacher-kd"]) == 0
     assert {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()} == before
-    assert not list(Path(".partial").iterdir())
+    assert not list(Path("artifacts/.partial").iterdir())
 
 
 def test_a_run_goes_on_only_from_checkpoints_of_the_same_run(

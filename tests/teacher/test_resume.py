@@ -22,11 +22,11 @@ from kd import distributed
 from kd.cli import main
 from kd.distributed import Process, take_gpus, this_process, wait_for_others
 from kd.errors import UserError, WorkFailedError
-from kd.files import PARTIAL
 from kd.teacher import store
 from kd.teacher.backends.transformers import TransformersTeacher
 
 STORE = Path("artifacts/mini/teacher/base")
+PARTIAL = Path("artifacts/.partial")
 KILLS = 20
 
 
@@ -145,7 +145,13 @@ def interrupt(*_: object) -> None:
     [
         (store, "write_tensors", no_space, 1, "No space left on device; 3 of 7 shards are kept in"),
         (TransformersTeacher, "states", gpu_fault, 1, "CUDA error: unspecified launch failure For debugging consider"),
-        (TransformersTeacher, "states", interrupt, 130, "interrupted; 3 of 7 shards are kept in .partial/mini-teacher"),
+        (
+            TransformersTeacher,
+            "states",
+            interrupt,
+            130,
+            "interrupted; 3 of 7 shards are kept in artifacts/.partial/mini-teacher",
+        ),
     ],
 )
 def test_a_failure_says_what_is_kept_and_the_same_command_goes_on(
