@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import nox
 
 nox.options.sessions = ["tests"]
 
-ENVIRONMENT = Path(".nox/kd").resolve()
 LOCK = "requirements.lock"
+IMAGE_ENVIRONMENT = os.environ.get("KD_ENVIRONMENT")  # the image's own, complete and not to be written to
+ENVIRONMENT = Path(IMAGE_ENVIRONMENT or ".nox/kd").resolve()
 
 
 def environment(session: nox.Session) -> None:
@@ -25,6 +28,8 @@ def environment(session: nox.Session) -> None:
     os.environ["VIRTUAL_ENV"] = str(ENVIRONMENT)
     os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # without bytecode every stage compiles torch's sources anew
     os.environ["PATH"] = f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"  # nox looks programs up here
+    if IMAGE_ENVIRONMENT:
+        return
     install = ("uv", "pip", "install", "--quiet", "--no-deps")
     session.run(*install, "--require-hashes", "--requirement", LOCK)
     session.run(*install, "--no-build-isolation", "--editable", ".")
@@ -40,16 +45,42 @@ def lock(session: nox.Session) -> None:
     )  # fmt: skip
 
 
-@nox.session(python=False)
-def mini(session: nox.Session) -> None:
-    """The whole experiment in miniature, and its table. Stages that are up to date do not run again."""
-    if not re.search(r"^profile: mini\b", Path("params.yaml").read_text(encoding="utf-8"), re.MULTILINE):
-        session.error("params.yaml is not the mini profile; `cp profiles/mini.yaml params.yaml` switches to it")
+def reproduce(session: nox.Session, profile: str) -> None:
+    """Run a profile's pipeline and print its table. Stages that are up to date do not run again."""
     environment(session)
+    switch(session, profile)
     session.run("dvc", "repro", *session.posargs, "assess", "statistics")
     # The table is printed once, below; what it depends on has just been run.
     session.run("dvc", "repro", *session.posargs, "--single-item", "report", silent=True)
-    session.run("cat", "artifacts/mini/report/results.md")
+    session.run("cat", f"artifacts/{profile}/report/results.md")
+
+
+def switch(session: nox.Session, profile: str) -> None:
+    """Make params.yaml the profile's, unless it is that already, changed or not."""
+    params = Path("params.yaml").read_text(encoding="utf-8")
+    if re.search(rf"^profile: {re.escape(profile)}\s", params, re.MULTILINE):
+        return
+    if params not in (path.read_text(encoding="utf-8") for path in Path("profiles").glob("*.yaml")):
+        session.error(f"params.yaml is changed; keep it elsewhere, then `cp profiles/{profile}.yaml params.yaml`")
+    shutil.copyfile(f"profiles/{profile}.yaml", "params.yaml")
+
+
+@nox.session(python=False)
+def mini(session: nox.Session) -> None:
+    """The whole experiment in miniature, on a CPU, and its table."""
+    reproduce(session, "mini")
+
+
+@nox.session(python=False)
+def paper(session: nox.Session) -> None:
+    """The paper's own settings: a 405B teacher on four GPUs. Says what is missing before it begins."""
+    reproduce(session, "paper")
+
+
+@nox.session(python=False, name="single-gpu")
+def single_gpu(session: nox.Session) -> None:
+    """The same method on one GPU of 24 to 80 GB: a smaller teacher, Llama 3.2 1B as student."""
+    reproduce(session, "single-gpu")
 
 
 @nox.session(python=False)
@@ -69,11 +100,12 @@ def extractor(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def lint(session: nox.Session) -> None:
-    """ruff (style and format) and mypy (strict)."""
+    """ruff (style and format), mypy (strict) and hadolint."""
     environment(session)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+    session.run("hadolint", "Dockerfile")
 
 
 def stage(session: nox.Session, name: str) -> None:
@@ -120,3 +152,33 @@ def audit(session: nox.Session) -> None:
         return
     session.run("dvc", "repro", "audit/dvc.yaml", silent=True)  # what it prints is shown once, below
     session.run("cat", "artifacts/audit/audit.txt")
+
+
+@nox.session(python=False)
+def image(session: nox.Session) -> None:
+    """Build the Docker image and try it; `nox -s image -- cpu` the one without the compiled extension.
+
+    It is tried as it should be used: no network, nothing writable but its volumes.
+    """
+    target = session.posargs[0] if session.posargs else "gpu"
+    if target not in ("cpu", "gpu"):
+        session.error(f"there is no target {target!r} in the Dockerfile; say cpu or gpu")
+    engine = next((name for name in ("docker", "podman", "buildah") if works(name)), None)
+    if engine is None:
+        session.error("neither docker, podman nor buildah works here; start Docker's daemon or install one of them")
+    tag = f"kd:{target}"
+    revision = subprocess.run(("git", "rev-parse", "HEAD"), capture_output=True, text=True).stdout.strip()
+    build = ("--target", target, "--tag", tag, "--build-arg", f"REVISION={revision or 'unknown'}", ".")
+    session.run(engine, "build", *build, external=True, env={"DOCKER_BUILDKIT": "1"})
+    if engine == "buildah":
+        name = session.run(engine, "from", tag, external=True, silent=True)
+        run = (engine, "run", "--user", "1000", str(name).strip(), "--")
+    else:
+        run = (engine, "run", "--rm", "--network", "none", "--read-only", "--entrypoint", "", tag)
+    for command in (("pip", "check"), ("kd", "doctor"), ("nox", "--session", "mini")):
+        session.run(*run, *command, external=True)
+
+
+def works(engine: str) -> bool:
+    """Whether a container engine is there and answers; Docker's client may be without its daemon."""
+    return bool(shutil.which(engine)) and subprocess.run((engine, "info"), capture_output=True).returncode == 0

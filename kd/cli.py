@@ -206,6 +206,9 @@ def _teacher(config: Config, options: argparse.Namespace) -> None:
     from kd.config import choose
 
     choose(options.prompt, config.prompts, "prompt", "prompts")
+    from kd.distributed import launch
+
+    launch(config.launcher)
     from kd.teacher.capture import capture
 
     capture(config, options.prompt)
@@ -225,8 +228,10 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
 
     choose(options.experiment, list(config.experiments), "experiment", "experiments")
     from kd.assess.run import assess, compare, comparison_text
+    from kd.distributed import launch
 
     if not options.compare:
+        launch(config.launcher)
         assess(config, options.experiment, exact=options.exact)
         return
     compared = compare(config, options.experiment, options.compare)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -221,6 +222,16 @@ class Config(Params):
     adapters: dict[Name, Adapter] = Field(min_length=1)
     assess: Assess
     experiments: dict[Name, Experiment] = Field(min_length=1)
+    launcher: str = ""  # put before `kd teacher` and `kd assess`, such as `srun` or `torchrun --no-python`
+
+    @field_validator("launcher")
+    @classmethod
+    def _is_a_command(cls, launcher: str) -> str:
+        try:
+            shlex.split(launcher)
+        except ValueError as error:
+            raise ValueError(f"launcher: not a command ({error}): {launcher!r}") from None
+        return launcher
 
     @property
     def artifacts(self) -> Path:

