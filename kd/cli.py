@@ -32,6 +32,7 @@ Beside them:
   kd review teacher-kd       decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
+  kd models fetch            the profile's teacher and student from the Hub, resumable
   kd search teacher-kd       alpha and T by Bayesian search
   kd store inspect PATH      what a teacher store holds, every file verified
 
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_extract(commands)
     _add_audit(commands)
     _add_data(commands)
+    _add_models(commands)
     _add_store(commands)
     return parser
 
@@ -169,6 +171,18 @@ def _add_data(commands: Any) -> None:
     sub = data.add_parser("fetch", help=text, description=text)
     sub.add_argument("--source", metavar="URL", help="a mirror of the original's assessment/logs folder")
     sub.set_defaults(run=_fetch)
+
+
+def _add_models(commands: Any) -> None:
+    models = commands.add_parser("models", help="the teacher and the student").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    text = "bring the teacher and the student to this machine, checksums verified; goes on where it was stopped"
+    sub = _add_configured(models, "fetch", _models_fetch, text)
+    sub.epilog = (
+        "Models of the Hub come at their pinned revisions into its cache, which HF_HUB_CACHE moves to another disk. "
+        "HF_TOKEN is the token for models that ask for one, HF_ENDPOINT a mirror."
+    )
 
 
 def _add_store(commands: Any) -> None:
@@ -311,6 +325,13 @@ def _fetch(options: argparse.Namespace) -> None:
 
     fetched = fetch(source=options.source or SOURCE)
     print(f"{DATA}: {', '.join(fetched) + ' fetched' if fetched else 'all files are there'}", file=sys.stderr)
+
+
+def _models_fetch(config: Config, _: argparse.Namespace) -> None:
+    from kd.models import fetch
+
+    for role, done in fetch({"teacher": config.teacher.model, "student": config.student.model}).items():
+        print(f"{role}: {done}", file=sys.stderr)
 
 
 def _store_inspect(options: argparse.Namespace) -> None:
