@@ -32,6 +32,7 @@ Beside them:
   kd review teacher-kd       decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
+  kd doctor                  has this machine what the profile needs?
   kd models fetch            the profile's teacher and student from the Hub, resumable
   kd search teacher-kd       alpha and T by Bayesian search
   kd store inspect PATH      what a teacher store holds, every file verified
@@ -114,6 +115,8 @@ def _add_stages(commands: Any) -> None:
         help="answer the first N questions both ways and print how many responses and answers are identical",
     )
     assess.add_argument("--json", action="store_true", help="with --compare, print one JSON document")
+    doctor = stage("doctor", _doctor, "check whether this machine has what the profile needs")
+    doctor.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     statistics = stage("statistics", _statistics, "measure how sure the teacher is behind each prompt")
     statistics.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     search = stage("search", _search, "search alpha and T for one student: Bayesian, resumable, by many processes")
@@ -207,6 +210,11 @@ def _add_store(commands: Any) -> None:
 def _prepare(config: Config, _: argparse.Namespace) -> None:
     from kd.dataset import prepare
 
+    if config.needs.gpus:  # before hours of work on a machine that cannot do it; what is written depends on none of it
+        from kd.doctor import examine, insist, text
+
+        print(text(checks := examine(config)), end="", file=sys.stderr)
+        insist(checks)
     prepare(config.dataset, config.seed, config.artifacts / "data")
 
 
@@ -250,6 +258,14 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
         return
     compared = compare(config, options.experiment, options.compare)
     _print(json.dumps(compared, indent=1) if options.json else comparison_text(compared))
+
+
+def _doctor(config: Config, options: argparse.Namespace) -> None:
+    from kd.doctor import document, examine, insist, text
+
+    checks = examine(config)
+    _print(json.dumps(document(config, checks), indent=1) if options.json else text(checks))
+    insist(checks)
 
 
 def _statistics(config: Config, options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from urllib.parse import quote, urlsplit
 
 from huggingface_hub import constants
 
-from kd.config import HubModel
+from kd.config import HubDataset, HubModel
 from kd.download import CHUNK_BYTES, TIMEOUT_S, reason
 from kd.errors import UserError, WorkFailedError
 from kd.files import free_bytes, put_file_in_place
@@ -34,6 +34,8 @@ from kd.progress import catch_up, progress, show_state
 if TYPE_CHECKING:
     import requests
     from tqdm import tqdm
+
+Repository = HubModel | HubDataset
 
 RETRIES = 5  # in a row, without a byte between them
 PAUSE_S = 2.0  # before the first of them; doubled before each further one
@@ -69,14 +71,15 @@ def cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def repository(model: HubModel) -> Path:
-    """Everything the cache holds of a model's repository."""
-    return cache() / constants.REPO_ID_SEPARATOR.join(["models", *model.name.split("/")])
+def repository(source: Repository) -> Path:
+    """Everything the cache holds of a repository."""
+    kind = "models" if isinstance(source, HubModel) else "datasets"
+    return cache() / constants.REPO_ID_SEPARATOR.join([kind, *source.name.split("/")])
 
 
-def snapshot(model: HubModel) -> Path:
-    """The folder of a model's files in the cache, there or not."""
-    return repository(model) / "snapshots" / model.revision
+def snapshot(source: Repository) -> Path:
+    """The folder of a repository's files at its revision in the cache, there or not."""
+    return repository(source) / "snapshots" / source.revision
 
 
 def is_cached(model: HubModel) -> bool:
@@ -105,7 +108,7 @@ def fetch(models: Sequence[HubModel]) -> None:
     with progress((), "models", "B", sum(file.size for _, file in wanted), scale=True) as bar:
         for model, file in wanted:
             show_state(bar, file.name)
-            with _explained(f"{model.name}/{file.name}"):
+            with _explained(f"{model.name}/{file.name}", ", what came is kept"):
                 _fetch_file(model, file, bar)
 
 
@@ -125,10 +128,11 @@ def listing(model: HubModel) -> list[HubFile]:
     return files
 
 
-def check_access(model: HubModel) -> None:
-    """Ask for a small file of the model; an error says why one does not get it."""
-    with _explained(model.name):
-        _get(model, _address(model, "config.json"), stream=True).close()
+def check_access(source: Repository) -> None:
+    """Ask the Hub for the model's smallest file, or the description of the data; an error says why it is refused."""
+    what = f"/api/datasets/{source.name}/revision/{source.revision}"
+    with _explained(source.name):
+        _get(source, _address(source, "config.json") if isinstance(source, HubModel) else what, stream=True).close()
 
 
 def _hub_file(row: dict[str, Any]) -> HubFile:
@@ -233,26 +237,26 @@ def _address(model: HubModel, name: str) -> str:
     return f"/{model.name}/resolve/{model.revision}/{quote(name)}"
 
 
-def _get(model: HubModel, address: str, headers: dict[str, str] | None = None, **options: Any) -> requests.Response:
+def _get(source: Repository, address: str, headers: dict[str, str] | None = None, **options: Any) -> requests.Response:
     """The Hub's answer; where it refuses, a UserError, and whatever may pass with time is an error of `requests`."""
     import requests
 
-    _check_online(model)
+    _check_online(source)
     answer = requests.get(
         f"{constants.ENDPOINT}{address}", headers=_identity() | (headers or {}), timeout=TIMEOUT_S, **options
     )
     # Another host, to which the Hub sent us, answers 403 for an address that has run out of time.
     if urlsplit(answer.url).netloc == urlsplit(constants.ENDPOINT).netloc:
-        _check_allowed(model, answer)
+        _check_allowed(source, answer)
     answer.raise_for_status()
     return answer
 
 
-def _check_online(model: HubModel) -> None:
+def _check_online(source: Repository) -> None:
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"{model.name} at {model.revision[:7]}: not in the local cache {cache()}, and HF_HUB_OFFLINE is set; "
-            "unset it and run `kd models fetch`, or set `source: folder` and a path"
+            f"{source.name} at {source.revision[:7]}: not in the local cache {cache()}, and HF_HUB_OFFLINE is set; "
+            "unset it, or set `source: folder` and a path"
         )
 
 
@@ -266,24 +270,24 @@ def _identity() -> dict[str, str]:
     return headers
 
 
-def _check_allowed(model: HubModel, answer: requests.Response) -> None:
+def _check_allowed(source: Repository, answer: requests.Response) -> None:
     match answer.status_code:
         case 401 if "Authorization" in answer.request.headers:
-            raise UserError(f"{model.name}: {_host()} does not accept the token (401); set HF_TOKEN to a valid one")
+            raise UserError(f"{source.name}: {_host()} does not accept the token (401); set HF_TOKEN to a valid one")
         case 401:
             raise UserError(
-                f"{model.name}: {_host()} asks who you are (401); set HF_TOKEN to a token of yours, or look at the "
+                f"{source.name}: {_host()} asks who you are (401); set HF_TOKEN to a token of yours, or look at the "
                 "spelling of `name`"
             )
         case 403:
             raise UserError(
-                f"{model.name}: {_host()} refuses it to you (403); ask for access on the model's page, with the "
+                f"{source.name}: {_host()} refuses it to you (403); ask for access on its page, with the "
                 "account whose token HF_TOKEN is, and let the token read gated repositories"
             )
         case 404:
             raise UserError(
-                f"{model.name} at {model.revision[:7]}: not found at {_host()} (404); look at `name` and `revision` in "
-                "the params file"
+                f"{source.name} at {source.revision[:7]}: not found at {_host()} (404); look at `name` and "
+                "`revision` in the params file"
             )
 
 
@@ -292,7 +296,7 @@ def _host() -> str:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, state: str = "") -> Iterator[None]:
     """Turn an error of `requests` into a sentence; its own text may hold signed addresses."""
     import requests
 
@@ -302,6 +306,6 @@ def _explained(what: str) -> Iterator[None]:
         raise UserError("HF_ENDPOINT: not the address of a server; mend or unset it") from None
     except requests.RequestException as error:
         raise WorkFailedError(
-            f"{what}: {reason(error)}; run the same command again where there is a network, or name a mirror in "
-            "HF_ENDPOINT; it goes on with what has come"
+            f"{what}: {reason(error)}{state}; run the same command again where there is a network, or name a mirror in "
+            "HF_ENDPOINT"
         ) from None

@@ -171,7 +171,7 @@ def test_a_small_file_with_another_checksum_is_thrown_away(server: Hub, capsys: 
     [
         (401, None, "asks who you are (401); set HF_TOKEN"),
         (401, TOKEN, "does not accept the token (401)"),
-        (403, TOKEN, "ask for access on the model's page, with the account whose token HF_TOKEN is"),
+        (403, TOKEN, "ask for access on its page, with the account whose token HF_TOKEN is"),
         (404, None, "not found at 127.0.0.1 (404); look at `name` and `revision`"),
     ],
 )
@@ -240,7 +240,7 @@ def test_offline_exits_2_unless_the_model_is_there(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["models", "fetch"]) == 2
-    assert "HF_HUB_OFFLINE is set; unset it and run `kd models fetch`" in capsys.readouterr().err
+    assert "HF_HUB_OFFLINE is set; unset it, or set `source: folder`" in capsys.readouterr().err
     assert server.asked == []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert main(["models", "fetch"]) == 0
