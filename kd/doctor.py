@@ -161,11 +161,13 @@ def _memory(params: config.Config, machine: Machine) -> Check:
 
 
 def _disks(params: config.Config, machine: Machine) -> list[Check]:
-    results, models = _owed(params.needs.disk_gib, machine.results), _owed(params.needs.models_gib, machine.models)
+    # Of every result that is here DVC's cache has a copy, or will have one when its stage ends.
+    results = max(0.0, params.needs.disk_gib - 2 * machine.results.held / GIB)
+    models = max(0.0, params.needs.models_gib - machine.models.held / GIB)
     if machine.results.device == machine.models.device:  # one disk has to take both
         results = models = results + models
     return [
-        _disk("disk for results", results, machine.results, "put the checkout on a larger disk"),
+        _disk("disk for results", results, machine.results, "put artifacts/ and .dvc/cache on a larger disk"),
         _disk("disk for models", models, machine.models, "set HF_HUB_CACHE to a folder on a larger disk"),
     ]
 
@@ -173,11 +175,6 @@ def _disks(params: config.Config, machine: Machine) -> list[Check]:
 def _disk(name: str, owed: float, disk: Disk, mend: str) -> Check:
     found = f"{disk.free / GIB:.1f} GiB free for {disk.path}, {owed:.1f} still needed on that disk"
     return _check(name, disk.free >= owed * GIB, found, f"make room, or {mend}")
-
-
-def _owed(needed: float, disk: Disk) -> float:
-    """GiB that have still to come."""
-    return max(0.0, needed - disk.held / GIB)
 
 
 def _data(data: Source) -> Check:

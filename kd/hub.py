@@ -115,7 +115,7 @@ def fetch(models: Sequence[HubModel]) -> None:
 def listing(model: HubModel) -> list[HubFile]:
     """The files of a model that are taken, from the Hub."""
     with _explained(model.name):
-        answer = _get(model, f"/api/models/{model.name}/revision/{model.revision}", params={"blobs": "true"})
+        answer = _get(model, f"/api/models/{model.name}/revision/{model.revision}", params={"blobs": True})
     try:
         rows = [row for row in answer.json()["siblings"] if _TAKEN.fullmatch(row["rfilename"])]
         files = [_hub_file(row) for row in rows]

@@ -102,7 +102,7 @@ class Hub:
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         files = f"/{NAME}/resolve/{REVISION}/"
-        if request.path == f"/api/models/{NAME}/revision/{REVISION}?blobs=true":
+        if request.path == f"/api/models/{NAME}/revision/{REVISION}?blobs=True":
             rows = [lists(name, body) for name, body in self.files.items()]
             send(request, json.dumps({"id": NAME, "siblings": rows}).encode())
         elif not request.path.startswith(files):

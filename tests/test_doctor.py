@@ -61,7 +61,7 @@ def test_a_fit_machine_passes_every_check_of_the_papers_profile() -> None:
         ({"gpus": (), "driver": None, "extension": None}, "NVIDIA driver", "install a driver from 525.60 up"),
         ({"extension": "undefined symbol"}, "exllamav2 loads", "wheel for the pinned torch"),
         ({"memory": 32 * GIB}, "memory", "64 GiB"),
-        ({"results": Disk(Path("a"), 80 * GIB, 0, 1)}, "disk for results", "make room, or put the checkout on"),
+        ({"results": Disk(Path("a"), 80 * GIB, 0, 1)}, "disk for results", "make room, or put artifacts/"),
         ({"models": Disk(Path("c"), 300 * GIB, 0, 2)}, "disk for models", "make room, or set HF_HUB_CACHE"),
         ({"data": Source("gsm8k", None, "gsm8k: no connection; …")}, "data", "no connection"),
         ({"teacher": Source("t", None)}, "teacher", "kd models fetch"),
@@ -87,6 +87,7 @@ def test_nothing_else_fails_than_what_is_lacking() -> None:
         {"gpus": (Gpu("H100 80GB", 79 * GIB, (9, 0)),) * 8},  # smaller, but more: the teacher is spread over all
         {"gpus": (Gpu("H200", 140 * GIB, (9, 0)),) * 3},  # fewer, but larger
         {"models": Disk(Path("c"), 10 * GIB, 305 * GIB, 2)},  # what is owed has come already
+        {"results": Disk(Path("a"), 1 * GIB, 45 * GIB, 1)},  # all results are here, and DVC's copies of them
         {"teacher": Source("t", "cache"), "student": Source("s", "cache", "no network")},  # nobody need ask the Hub
     ],
 )

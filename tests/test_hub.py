@@ -95,6 +95,7 @@ def test_fetch_brings_what_is_needed_and_nothing_twice(server: Hub, capsys: pyte
     assert fetched() == TAKEN
     assert blobs() == {"whole"}
     error = capsys.readouterr().err
+    assert "models: 100%" in error
     assert f"teacher: {hub.snapshot(MODEL)} (from the Hub)" in error
     assert f"student: {hub.snapshot(MODEL)} (from the Hub)" in error
     asked = len(server.asked)
