@@ -113,7 +113,6 @@ def _gpus(params: config.Config, machine: Machine) -> list[Check]:
             _driver(machine),
         ]
     smallest, total = min(gpu.memory for gpu in gpus) / GIB, sum(gpu.memory for gpu in gpus) / GIB
-    oldest = min(gpu.capability for gpu in gpus)
     # exllamav2 spreads a model over all GPUs, so more of them may be smaller, and fewer larger.
     spread = params.teacher.backend == "exllamav2" and total >= memory * count
     names = ", ".join(sorted({gpu.name for gpu in gpus}))
@@ -125,14 +124,17 @@ def _gpus(params: config.Config, machine: Machine) -> list[Check]:
             f"{total:.0f} GiB in all, {smallest:.1f} on the smallest; {count} x {memory:g} needed",
             mend,
         ),
-        _check(
-            "GPU generation",
-            oldest >= CAPABILITY,
-            f"compute capability {_dotted(oldest)}",
-            f"use GPUs of compute capability {_dotted(CAPABILITY)} or newer, such as A100 and H100",
-        ),
+        _generation(params, min(gpu.capability for gpu in gpus)),
         _driver(machine),
     ]
+
+
+def _generation(params: config.Config, oldest: tuple[int, int]) -> Check:
+    name, found = "GPU generation", f"compute capability {_dotted(oldest)}"
+    if params.teacher.backend != "exllamav2" and "bfloat16" not in (params.teacher.dtype, params.student.dtype):
+        return Check(name, "not needed", found)
+    mend = f"use GPUs of compute capability {_dotted(CAPABILITY)} or newer, such as A100 and H100"
+    return _check(name, oldest >= CAPABILITY, found, mend)
 
 
 def _driver(machine: Machine) -> Check:
