@@ -32,6 +32,8 @@ Beside them:
   kd review teacher-kd       decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
+  kd doctor                  has this machine what the profile needs?
+  kd models fetch            the profile's teacher and student from the Hub, resumable
   kd search teacher-kd       alpha and T by Bayesian search
   kd store inspect PATH      what a teacher store holds, every file verified
 
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_extract(commands)
     _add_audit(commands)
     _add_data(commands)
+    _add_models(commands)
     _add_store(commands)
     return parser
 
@@ -112,6 +115,8 @@ def _add_stages(commands: Any) -> None:
         help="answer the first N questions both ways and print how many responses and answers are identical",
     )
     assess.add_argument("--json", action="store_true", help="with --compare, print one JSON document")
+    doctor = stage("doctor", _doctor, "check whether this machine has what the profile needs")
+    doctor.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     statistics = stage("statistics", _statistics, "measure how sure the teacher is behind each prompt")
     statistics.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     search = stage("search", _search, "search alpha and T for one student: Bayesian, resumable, by many processes")
@@ -171,6 +176,18 @@ def _add_data(commands: Any) -> None:
     sub.set_defaults(run=_fetch)
 
 
+def _add_models(commands: Any) -> None:
+    models = commands.add_parser("models", help="the teacher and the student").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    text = "bring the teacher and the student to this machine, checksums verified; goes on where it was stopped"
+    sub = _add_configured(models, "fetch", _models_fetch, text)
+    sub.epilog = (
+        "Models of the Hub come at their pinned revisions into its cache, which HF_HUB_CACHE moves to another disk. "
+        "HF_TOKEN is the token for models that ask for one, HF_ENDPOINT a mirror."
+    )
+
+
 def _add_store(commands: Any) -> None:
     store = commands.add_parser("store", help="look into a teacher store, or exchange it with the paper's notebooks")
     commands = store.add_subparsers(metavar="COMMAND", required=True)
@@ -193,6 +210,11 @@ def _add_store(commands: Any) -> None:
 def _prepare(config: Config, _: argparse.Namespace) -> None:
     from kd.dataset import prepare
 
+    if config.needs.gpus:  # before hours of work on a machine that cannot do it; what is written depends on none of it
+        from kd.doctor import examine, insist, text
+
+        print(text(checks := examine(config)), end="", file=sys.stderr)
+        insist(checks)
     prepare(config.dataset, config.seed, config.artifacts / "data")
 
 
@@ -236,6 +258,14 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
         return
     compared = compare(config, options.experiment, options.compare)
     _print(json.dumps(compared, indent=1) if options.json else comparison_text(compared))
+
+
+def _doctor(config: Config, options: argparse.Namespace) -> None:
+    from kd.doctor import document, examine, insist, text
+
+    checks = examine(config)
+    _print(json.dumps(document(config, checks), indent=1) if options.json else text(checks))
+    insist(checks)
 
 
 def _statistics(config: Config, options: argparse.Namespace) -> None:
@@ -311,6 +341,13 @@ def _fetch(options: argparse.Namespace) -> None:
 
     fetched = fetch(source=options.source or SOURCE)
     print(f"{DATA}: {', '.join(fetched) + ' fetched' if fetched else 'all files are there'}", file=sys.stderr)
+
+
+def _models_fetch(config: Config, _: argparse.Namespace) -> None:
+    from kd.models import fetch
+
+    for role, done in fetch({"teacher": config.teacher.model, "student": config.student.model}).items():
+        print(f"{role}: {done}", file=sys.stderr)
 
 
 def _store_inspect(options: argparse.Namespace) -> None:

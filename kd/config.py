@@ -16,6 +16,7 @@ from kd.errors import UserError
 from kd.prompts import PROMPTS
 
 Count = Annotated[int, Field(gt=0)]
+Gib = Annotated[float, Field(ge=0)]  # units of 2^30 bytes
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # becomes a folder or stage name
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -208,11 +209,26 @@ class Experiment(Params):
         return None if self.needs == "data" else self.needs.removeprefix("adapters/")
 
 
+class Needs(Params):
+    """What a machine must have to run the experiment from nothing; `kd doctor` looks for it.
+
+    `gpu_memory_gib` is each GPU's. `disk_gib` is for the results under artifacts/ and DVC's copy of them, `models_gib`
+    for the models in their cache.
+    """
+
+    gpus: Annotated[int, Field(ge=0)] = 0
+    gpu_memory_gib: Gib = 0
+    memory_gib: Gib = 0
+    disk_gib: Gib = 0
+    models_gib: Gib = 0
+
+
 class Config(Params):
     """A whole params.yaml."""
 
     profile: Name
     seed: Annotated[int, Field(ge=0)]
+    needs: Needs = Needs()
     dataset: Dataset
     teacher: Teacher
     prompts: list[str] = Field(min_length=1)

@@ -33,12 +33,13 @@ def download(url: str, target: Path, sha256: str) -> None:
                 )
     except requests.RequestException as error:
         raise WorkFailedError(
-            f"{url}: {_reason(error)}; run the same command again where there is a network, or name a mirror of that "
+            f"{url}: {reason(error)}; run the same command again where there is a network, or name a mirror of that "
             "folder with --source"
         ) from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a request failed, in a few words without its address."""
     import requests
 
     if isinstance(error, requests.HTTPError) and error.response is not None:

@@ -85,12 +85,24 @@ def whole_file(target: Path, partial: Path | None = None) -> Iterator[Path]:
     work.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield work
-        _sync(work)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work.replace(target)
+        put_file_in_place(work, target)
     finally:
         work.unlink(missing_ok=True)
+
+
+def put_file_in_place(work: Path, target: Path) -> None:
+    """Move the finished file `work` to `target`, on the same file system, whose earlier content it replaces."""
+    _sync(work)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work.replace(target)
     _sync(target.parent)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that holds `path`, or will hold it."""
+    path = path.absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 def write_whole_file(target: Path, text: str) -> None:

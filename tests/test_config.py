@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from kd.cli import main
-from kd.config import load_config
+from kd.config import Needs, load_config
 from kd.prompts import PROMPTS
 from kd.published import RESULTS
 
@@ -20,6 +21,14 @@ def test_profiles_load_and_hold_the_six_published_experiments_and_the_fair_contr
     assert config.profile == profile
     assert list(config.experiments) == [*RESULTS, "no-distillation-matched"]
     assert config.prompts == list(PROMPTS)
+
+
+def test_a_profile_need_not_say_what_it_needs(tmp_path: Path) -> None:
+    text = (PROFILES / "mini.yaml").read_text()
+    path = tmp_path / "params.yaml"
+    path.write_text(re.sub(r"^needs:.*?\n\n", "", text, flags=re.DOTALL | re.MULTILINE))
+    assert load_config(path).needs == Needs()
+    assert load_config(PROFILES / "mini.yaml").needs != Needs()
 
 
 def test_paper_profile_states_the_published_protocol() -> None:
@@ -43,6 +52,8 @@ def test_paper_profile_states_the_published_protocol() -> None:
     ("find", "replace", "message"),
     [
         ("rank: 4", "rnak: 4", "distill.lora.rnak: unknown key, expected one of rank, alpha, target_modules"),
+        ("memory_gib: 4", "memory: 4", "needs.memory: unknown key, expected one of gpus, gpu_memory_gib, memory_gib"),
+        ("memory_gib: 4", "gpus: -1", "needs.gpus: expected greater than or equal to 0, found -1"),
         ("rank: 4", "rank: four", "distill.lora.rank: expected a valid integer, found 'four'"),
         ("seed: 1", "sede: 1", "did you mean 'seed'?"),
         ("dropout: 0.2", "dropout: 1.2", "adapters.base-kd.dropout: expected less than 1, found 1.2"),
