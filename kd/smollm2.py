@@ -52,9 +52,14 @@ def gguf_file() -> Path:
     raise UserError(f"{NAME}: the package {PACKAGE} is not installed; install requirements.lock (`nox` does)")
 
 
+def converted(cache: Path) -> Path:
+    """Where the converted model is, or will be, under `cache`."""
+    return cache / f"{NAME}-{GGUF_SHA256[:12]}-{LAYOUT}"
+
+
 def folder(cache: Path) -> Path:
     """The converted model under `cache`, converting it on first use (some seconds, 540 MB)."""
-    target = cache / f"{NAME}-{GGUF_SHA256[:12]}-{LAYOUT}"
+    target = converted(cache)
     if not target.exists():
         source = gguf_file()
         with source.open("rb") as file:
