@@ -43,7 +43,7 @@ Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the process's exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         options.run(options)
     except UserError as error:
@@ -62,21 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(
         prog="kd",
         description="Reproduce response-priming distillation (arXiv 2412.17846).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = root.add_subparsers(metavar="COMMAND", required=True)
     _add_stages(commands)
     _add_extract(commands)
     _add_audit(commands)
     _add_data(commands)
     _add_models(commands)
     _add_store(commands)
-    return parser
+    return root
 
 
 def _add_configured(

@@ -1,0 +1,60 @@
+"""Every profile as a pipeline: its stages hang together, and DVC's own commands work on it before anything has run."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from dvc.cli import main as dvc
+from dvc.repo import Repo
+
+from kd.cli import parser
+from kd.config import Config, load_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # DVC's own
+
+PROFILES = sorted(path.stem for path in (REPOSITORY / "profiles").glob("*.yaml"))
+
+
+@pytest.fixture(params=PROFILES)
+def profile(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
+    """A working folder switched to one profile."""
+    for name in ("kd", "reviews"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copy(REPOSITORY / "profiles" / f"{request.param}.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    Repo.init(no_scm=True).close()
+    yield load_config(Path("params.yaml"))
+
+
+def test_stages_hang_together(profile: Config) -> None:
+    with Repo() as repo:
+        stages = repo.index.stages
+        made = [Path(out.def_path) for stage in stages for out in stage.outs]
+        names = {stage.addressing for stage in stages}
+        assert {f"teacher@{name}" for name in profile.prompts} <= names
+        assert {f"train@{name}" for name in profile.adapters} <= names
+        assert {f"assess@{name}" for name in profile.experiments} <= names
+        for stage in stages:
+            program, *arguments = shlex.split(stage.cmd)
+            assert program == "kd"
+            parser().parse_args(arguments)  # ends the test where the command line would refuse it
+            for dep in stage.deps:
+                path = Path(dep.def_path)
+                related = any(path == out or path in out.parents or out in path.parents for out in made)
+                assert related or path.exists(), f"{stage.addressing} reads {path}, which nothing makes"
+            for out in stage.outs:
+                assert profile.artifacts in Path(out.def_path).parents
+
+
+@pytest.mark.parametrize("command", ["repro --dry --force", "dag", "metrics show", "plots show"])
+def test_dvcs_own_commands_work(profile: Config, command: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert dvc(command.split()) == 0
+    if command == "repro --dry --force":
+        assert all(f"> kd assess {name}" in caplog.text for name in profile.experiments)
