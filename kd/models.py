@@ -86,6 +86,15 @@ def load_model(folder: Path, dtype: config.Dtype, device: str) -> Any:
     return model.to(device).eval()
 
 
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """The model with a LoRA adapter before its weights, a `PeftModel`."""
+    if not (adapter / "adapter_model.safetensors").is_file():  # peft would unpickle another file, or ask the Hub
+        raise UserError(f"{adapter}: no adapter_model.safetensors there; run `kd train {adapter.name}` first")
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter)
+
+
 def default_device() -> str:
     """The first GPU, or the CPU."""
     import torch

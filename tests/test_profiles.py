@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ PROFILES = sorted(path.stem for path in (REPOSITORY / "profiles").glob("*.yaml")
 
 
 @pytest.fixture(params=PROFILES)
-def profile(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Config]:
+def profile(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A working folder switched to one profile."""
     for name in ("kd", "reviews"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -30,7 +29,7 @@ def profile(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     shutil.copy(REPOSITORY / "profiles" / f"{request.param}.yaml", tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     Repo.init(no_scm=True).close()
-    yield load_config(Path("params.yaml"))
+    return load_config(Path("params.yaml"))
 
 
 def test_stages_hang_together(profile: Config) -> None:

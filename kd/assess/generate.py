@@ -55,11 +55,7 @@ class Ending:
 def load_student(folder: Path, dtype: config.Dtype, adapter: Path | None, device: str) -> Any:
     """The student, with an adapter merged into its weights in memory where one is given."""
     model = models.load_model(folder, dtype, device)
-    if adapter is None:
-        return model
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return model if adapter is None else models.with_adapter(model, adapter).merge_and_unload()
 
 
 def end_ids(student: Any) -> frozenset[int]:
