@@ -207,6 +207,12 @@ class Experiment(Params):
         return None if self.needs == "data" else self.needs.removeprefix("adapters/")
 
 
+class Attention(Params):
+    """What `kd attention` reads: the first test questions, all of them where there are fewer."""
+
+    questions: Count
+
+
 class Config(Params):
     """A whole params.yaml."""
 
@@ -221,6 +227,7 @@ class Config(Params):
     adapters: dict[Name, Adapter] = Field(min_length=1)
     assess: Assess
     experiments: dict[Name, Experiment] = Field(min_length=1)
+    attention: Attention
 
     @property
     def artifacts(self) -> Path:

@@ -64,13 +64,20 @@ def context_length(folder: Path) -> int:
     return length
 
 
-def load_model(folder: Path, dtype: config.Dtype, device: str) -> Any:
-    """The folder's causal language model in `dtype` on `device`, in evaluation mode."""
+def load_model(folder: Path, dtype: config.Dtype, device: str, attention: str | None = None) -> Any:
+    """The folder's causal language model in `dtype` on `device`, in evaluation mode.
+
+    `attention` names transformers' implementation (None: its own choice); only `eager` can tell attention weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        folder,
+        torch_dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation=attention,
     )
     return model.to(device).eval()
 
