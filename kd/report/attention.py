@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import cosine_similarity
+from transformers import DynamicCache
 
 from kd.config import Config
 from kd.dataset import Example, read_examples
@@ -25,7 +26,14 @@ from kd.errors import UserError
 from kd.files import whole_folder, write_text
 from kd.progress import progress
 from kd.report import attention_charts as charts
-from kd.report.confidence import Answer, Confidence, confidence, largest_probabilities, read_answers
+from kd.report.confidence import (
+    Answer,
+    Confidence,
+    answer_probabilities,
+    confidence,
+    largest_probabilities,
+    read_answers,
+)
 from kd.report.students import Students, student_names
 from kd.report.teachers import read_prompts
 
@@ -232,12 +240,12 @@ def _measure(
     """One student; `done` is called after each question."""
     heads, similarity, asked, answered = [], [], [], []
     for question, answer in zip(questions, answers, strict=True):
-        layers = Layers()
+        layers, cache = Layers(), DynamicCache()
         with layers_to(layers.add, model):
-            asked.append(largest_probabilities(model, question, tell_attention=True))
+            asked.append(largest_probabilities(model, question, cache, tell_attention=True))
         heads.append(layers.heads())
         similarity.append(layers.similarity())
-        answered.append(largest_probabilities(model, answer.token_ids, answer.rows))
+        answered.append(answer_probabilities(model, answer, question, cache))
         done()
     return Measured(np.mean(heads, axis=0), np.mean(similarity, axis=0), confidence(asked), confidence(answered))
 
@@ -255,7 +263,7 @@ def _maps(
         maps.update({(layer, head): weights[head].float().cpu().numpy() for at, head in heads if at == layer})
 
     with layers_to(keep, model):
-        largest_probabilities(model, token_ids, tell_attention=True)
+        largest_probabilities(model, token_ids, DynamicCache(), tell_attention=True)
     return maps
 
 

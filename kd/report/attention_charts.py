@@ -65,7 +65,7 @@ def layer_chart(metric: str, students: Mapping[str, NDArray[np.float64]], work: 
         differences.plot(line - first, **style)
     values.set_title(title)
     values.set_ylabel(label)
-    differences.set_ylabel(f"less that of\n{next(iter(students))}")
+    differences.set_ylabel(f"difference from\n{next(iter(students))}")
     differences.set_xlabel("layer")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     _save(figure, work / metric)
@@ -81,7 +81,7 @@ def student_chart(students: Mapping[str, tuple[float, float]], work: Path) -> No
             places, [pair[side] for pair in students.values()], 0.4, label=label, color=colour, hatch=hatch, ec="white"
         )
         axes.bar_label(bars, fmt="%.3f", fontsize=8)
-    axes.set_xticks(range(len(students)), list(students), rotation=20)
+    axes.set_xticks(range(len(students)), list(students), rotation=20, ha="right", rotation_mode="anchor")
     _finish(axes, STUDENTS)
     _save(figure, work / STUDENTS)
 

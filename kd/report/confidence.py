@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
+from transformers import DynamicCache
 
 from kd import models
 from kd.assess.score import read_log
@@ -45,17 +47,27 @@ def read_answers(config: Config, experiment: str, tokenizer: Any, count: int) ->
 
 
 def largest_probabilities(
-    model: Any, token_ids: list[int], rows: tuple[int, int] | None = None, *, tell_attention: bool = False
+    model: Any, token_ids: list[int], cache: DynamicCache, *, tell_attention: bool = False
 ) -> torch.Tensor:
-    """The largest next-token probability behind each token, float32 [tokens], or of the `rows` [start, stop) alone.
-
-    `tell_attention` makes every attention module return its weights, for whoever listens.
+    """The largest next-token probability behind each token, float32 [tokens]; the tokens follow what `cache` holds of
+    earlier ones, and join it. `tell_attention` makes every attention module return its weights, for whoever listens.
     """
     ids = torch.tensor([token_ids], device=model.device)
-    states = model.model(ids, use_cache=False, output_attentions=tell_attention).last_hidden_state[0]
-    start, stop = rows or (0, len(token_ids))
-    largest: torch.Tensor = model.lm_head(states[start:stop]).float().softmax(-1).amax(-1)
+    states = model.model(
+        ids, past_key_values=cache, use_cache=True, output_attentions=tell_attention
+    ).last_hidden_state[0]
+    largest: torch.Tensor = model.lm_head(states).float().softmax(-1).amax(-1)
     return largest
+
+
+def answer_probabilities(model: Any, answer: Answer, question: list[int], cache: DynamicCache) -> torch.Tensor:
+    """`largest_probabilities` at the rows of `answer`, float32 [rows]. `cache` holds the tokens of `question`, of which
+    those that the answer's prompt starts with are not read again."""
+    start, stop = answer.rows
+    pairs = zip(question, answer.token_ids[:start], strict=False)
+    kept = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    cache.crop(kept)
+    return largest_probabilities(model, answer.token_ids[kept:], cache)[start - kept : stop - kept]
 
 
 def confidence(largest: list[torch.Tensor]) -> Confidence:
