@@ -143,6 +143,12 @@ def report(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def attention(session: nox.Session) -> None:
+    """How the students attend: `nox -s attention -- --heads 3:5` draws heads; without arguments the stage."""
+    stage(session, "attention")
+
+
+@nox.session(python=False)
 def audit(session: nox.Session) -> None:
     """Score the paper's own logs again, fetching them first where they are missing; arguments go to `kd audit`."""
     environment(session)

@@ -26,6 +26,7 @@ The stages in order, as `dvc repro` runs them:
   kd assess teacher-kd       it answers the test questions
   kd statistics              how sure the teacher is behind each prompt
   kd report                  the paper's table
+  kd attention               how each student attends, layer by layer, and how sure it is
 
 What runs is params.yaml; results lie under artifacts/<profile>/. `cp profiles/paper.yaml params.yaml` switches.
 Beside them:
@@ -127,6 +128,13 @@ def _add_stages(commands: Any) -> None:
     search.add_argument("--json", action="store_true", help="print best.json")
     report = stage("report", _report, "score every log, write the report and print the table")
     report.add_argument("--json", action="store_true", help="print results.json instead of the table")
+    attention = stage("attention", _attention, "measure how each student attends and how sure it is of each next token")
+    attention.add_argument(
+        "--heads",
+        metavar="L:H,…",
+        type=_heads,
+        help="draw these heads (layer:head, both from 0) on the first question instead, one image each",
+    )
     review = stage("review", _review, "decide by hand the responses of one experiment that no rule settles")
     review.description = (
         "Shows each undecided response with its numbers highlighted and takes a number, `none`, `skip` or `quit`. "
@@ -297,6 +305,16 @@ def _report(config: Config, options: argparse.Namespace) -> None:
     _print(json.dumps(results, indent=1) if options.json else table(results))
 
 
+def _attention(config: Config, options: argparse.Namespace) -> None:
+    from kd.report.attention import analyse, draw_heads, summary_rows
+    from kd.report.tables import aligned
+
+    if options.heads:
+        _print("\n".join(map(str, draw_heads(config, options.heads))))
+    else:
+        _print(aligned(summary_rows(analyse(config))))
+
+
 def _review(config: Config, options: argparse.Namespace) -> None:
     from kd.assess import review
     from kd.assess.score import open_rows
@@ -378,6 +396,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a number from 1 up, found {text!r}")
     return int(text)
+
+
+def _heads(text: str) -> list[tuple[int, int]]:
+    """Heads given on the command line, "L:H,L:H": (layer, head) each."""
+    pairs = [part.partition(":") for part in text.split(",")]
+    if not all(layer.isdecimal() and head.isdecimal() for layer, _, head in pairs):
+        raise argparse.ArgumentTypeError(f"expected layer:head, as in 3:5,7:1, found {text!r}")
+    return [(int(layer), int(head)) for layer, _, head in pairs]
 
 
 def _print(document: str) -> None:

@@ -223,6 +223,12 @@ class Needs(Params):
     models_gib: Gib = 0
 
 
+class Attention(Params):
+    """What `kd attention` reads: the first test questions, all of them where there are fewer."""
+
+    questions: Count
+
+
 class Config(Params):
     """A whole params.yaml."""
 
@@ -238,6 +244,7 @@ class Config(Params):
     adapters: dict[Name, Adapter] = Field(min_length=1)
     assess: Assess
     experiments: dict[Name, Experiment] = Field(min_length=1)
+    attention: Attention
     launcher: str = ""  # put before `kd teacher` and `kd assess`, such as `srun` or `torchrun --no-python`
 
     @field_validator("launcher")

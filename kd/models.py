@@ -75,24 +75,34 @@ def context_length(folder: Path) -> int:
     return length
 
 
-def load_model(folder: Path, dtype: config.Dtype, device: str) -> Any:
-    """The folder's causal language model in `dtype` on `device`, in evaluation mode."""
+def load_model(folder: Path, dtype: config.Dtype, device: str, attention: str | None = None) -> Any:
+    """The folder's causal language model in `dtype` on `device`, in evaluation mode.
+
+    `attention` names transformers' implementation (None: its own choice); only `eager` can tell attention weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, torch_dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
+        folder,
+        torch_dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
+        attn_implementation=attention,
     )
     return model.to(device).eval()
 
 
-def with_adapter(model: Any, adapter: Path) -> Any:
-    """The model with a LoRA adapter before its weights, a `PeftModel`."""
+def with_adapter(model: Any, adapter: Path, name: str = "default") -> Any:
+    """The model, or the `PeftModel` it is already, with one more LoRA adapter before its weights."""
     if not (adapter / "adapter_model.safetensors").is_file():  # peft would unpickle another file, or ask the Hub
         raise UserError(f"{adapter}: no adapter_model.safetensors there; run `kd train {adapter.name}` first")
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, adapter)
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, adapter, adapter_name=name)
+    model.load_adapter(str(adapter), adapter_name=name)
+    return model
 
 
 def default_device() -> str:

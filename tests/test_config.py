@@ -74,6 +74,7 @@ def test_paper_profile_states_the_published_protocol() -> None:
         ("protocol: published", "protocol: shifted", "distill.protocol: expected 'published' or 'aligned'"),
         ("reverse-kl", "reversed-kl", "distill.divergence: expected 'reverse-kl', 'forward-kl' or 'jsd'"),
         ("[1.0, 10.0]", "[10.0, 1.0]", "search: temperature: expected [low, high], found [10.0, 1.0]"),
+        ("questions: 10", "questions: 0", "attention.questions: expected greater than 0, found 0"),
         ("profile: mini", "profile: ../mini", "profile: String should match"),
         ("seed: 1", "seed: [1", "not readable as YAML"),
         ("epochs: 2", "epochs: 2\n  epochs: 3", "duplicate key"),

@@ -75,7 +75,7 @@ def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path) -> None:
     assert len(results["experiments"]) == 7
     assert all(result["rows"] == 4 for result in results["experiments"].values())
     first = outputs(clone)
-    assert len(first) == 20  # data, head, 4 teachers, statistics, 5 adapters, 7 logs, report
+    assert len(first) == 21  # data, head, 4 teachers, statistics, 5 adapters, 7 logs, report, attention
 
     assert "up to date" in repro(clone)
 
@@ -96,7 +96,7 @@ def test_a_change_reruns_only_what_it_reaches(clone: Path) -> None:
     write_params(clone, params)
     done = repro(clone)
     ran = {line.split("'")[1] for line in done.splitlines() if line.startswith("Running stage")}
-    assert ran == {"train@teacher-kd", "assess@teacher-kd", "report"}
+    assert ran == {"train@teacher-kd", "assess@teacher-kd", "report", "attention"}
 
 
 @pytest.mark.parametrize("stage", ["train@base-kd", "teacher@base"])

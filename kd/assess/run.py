@@ -45,7 +45,7 @@ class Respondent:
         self.student = load_student(
             models.model_folder(config.student.model),
             config.student.dtype,
-            _adapter(config, experiment),
+            adapter_folder(config, experiment),
             models.default_device(),
         )
         stop = config.experiments[experiment].stop
@@ -146,6 +146,22 @@ def read_questions(config: Config, experiment: str) -> Questions:
     return Questions(examples, prompts, rows, tokenizer)
 
 
+def adapter_folder(config: Config, experiment: str) -> Path | None:
+    """The experiment's adapter, refused unless it was trained on this student; None for the bare student."""
+    name = config.experiments[experiment].adapter
+    if name is None:
+        return None
+    folder, base = config.artifacts / "adapters" / name, models.model_name(config.student.model)
+    if not folder.exists():
+        raise UserError(f"{folder}: no such adapter; run `kd train {name}`")
+    trained_on = read_json(folder / "adapter_config.json", "an adapter").get("base_model_name_or_path")
+    if trained_on != base:
+        raise UserError(f"{folder}: an adapter for {trained_on}, not for the student {base}; train it again")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; run `kd train {name}` again")
+    return folder
+
+
 def _answer_into(
     journal: Journal, config: Config, experiment: str, questions: Questions, todo: Sequence[Row], exact: bool
 ) -> None:
@@ -166,23 +182,9 @@ def _refuse_failed(rows: Sequence[Row], questions: Questions, consequence: str) 
         raise WorkFailedError(f"{', '.join(failed)}; {consequence}")
 
 
-def _adapter(config: Config, experiment: str) -> Path | None:
-    """The experiment's adapter, refused unless it was trained on this student."""
-    name = config.experiments[experiment].adapter
-    if name is None:
-        return None
-    folder, base = config.artifacts / "adapters" / name, models.model_name(config.student.model)
-    trained_on = read_json(folder / "adapter_config.json", "an adapter").get("base_model_name_or_path")
-    if trained_on != base:
-        raise UserError(f"{folder}: an adapter for {trained_on}, not for the student {base}; train it again")
-    if not (folder / ADAPTER_WEIGHTS).exists():
-        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; run `kd train {name}` again")
-    return folder
-
-
 def _key(config: Config, experiment: str, questions: Questions, exact: bool) -> str:
     """A short fingerprint of everything that shapes a log."""
-    adapter = _adapter(config, experiment)
+    adapter = adapter_folder(config, experiment)
     files = [adapter / "adapter_config.json", adapter / ADAPTER_WEIGHTS] if adapter else []
     about = [
         config.student.model_dump(),

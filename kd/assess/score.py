@@ -82,9 +82,20 @@ def log_file(config: Config, experiment: str) -> Path:
     return config.artifacts / "logs" / f"{experiment}.csv"
 
 
+def read_log(config: Config, experiment: str) -> list[dict[str, str]]:
+    """The rows of an experiment's log as text by column, as many as the test set has."""
+    path, rows = log_file(config, experiment), config.dataset.test_rows
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run `kd assess {experiment}`")
+    table = read_table(path, COLUMNS)
+    if len(table) != rows:
+        raise UserError(f"{path}: {len(table)} rows where the test set has {rows}; run `kd assess {experiment}` again")
+    return table
+
+
 def score(config: Config, experiment: str) -> Score:
     """The score of an experiment's log, with what a person decided of it (reviews/<experiment>.csv)."""
-    table = _read_log(config, experiment)
+    table = read_log(config, experiment)
     right = [row["correct"] == "True" for row in table]
     decisions = read_decisions(reviews_file(experiment))
     undecided, by_hand = [], 0
@@ -100,7 +111,7 @@ def score(config: Config, experiment: str) -> Score:
 
 def open_rows(config: Config, experiment: str) -> list[OpenRow]:
     """The rows of an experiment's log that no rule settles."""
-    return _open_rows(config, experiment, _read_log(config, experiment))
+    return _open_rows(config, experiment, read_log(config, experiment))
 
 
 def _open_rows(config: Config, experiment: str, table: list[dict[str, str]]) -> list[OpenRow]:
@@ -110,13 +121,3 @@ def _open_rows(config: Config, experiment: str, table: list[dict[str, str]]) -> 
         for number, row in enumerate(table, start=1)
         if row["rule"] == UNDECIDED
     ]
-
-
-def _read_log(config: Config, experiment: str) -> list[dict[str, str]]:
-    path, rows = log_file(config, experiment), config.dataset.test_rows
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run `kd assess {experiment}`")
-    table = read_table(path, COLUMNS)
-    if len(table) != rows:
-        raise UserError(f"{path}: {len(table)} rows where the test set has {rows}; run `kd assess {experiment}` again")
-    return table
