@@ -27,6 +27,7 @@ ENV LANG=C.UTF-8 \
     KD_ENVIRONMENT=/opt/kd/venv \
     KD_CACHE=/opt/kd/models \
     HF_HOME=/models \
+    DVC_SITE_CACHE_DIR=/tmp/dvc \
     UV_PYTHON_INSTALL_DIR=/opt/kd/python \
     UV_CACHE_DIR=/var/cache/uv \
     UV_LINK_MODE=copy
