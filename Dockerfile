@@ -58,6 +58,7 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
        "from pathlib import Path; from kd import smollm2; smollm2.folder(Path('$KD_CACHE'))" \
     && python -c "import torch._dynamo, peft, matplotlib.pyplot, math_verify, dvclive, scipy.stats, pytest, nox" \
     && dvc --help > /dev/null \
+    && chmod -R a+rX "$KD_CACHE" \
     && rm -rf /tmp/* /tmp/.[!.]*
 
 WORKDIR /kd
