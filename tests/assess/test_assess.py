@@ -107,7 +107,7 @@ def test_adapter_changes_the_answers_and_must_fit_the_student(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["assess", "fine-tuning"]) == 2
-    assert "adapters/fine-tuning/adapter_config.json: no such file" in capsys.readouterr().err
+    assert "adapters/fine-tuning: no such adapter; run `kd train fine-tuning`" in capsys.readouterr().err
     assert main(["train", "fine-tuning"]) == 0
     assert main(["assess", "fine-tuning"]) == 0
     model, tokenizer = models.load_model(tiny_llama, "float32", "cpu"), models.load_tokenizer(tiny_llama)

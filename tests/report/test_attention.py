@@ -27,7 +27,7 @@ from kd.config import load_config
 from kd.dataset import read_examples
 from kd.report.attention import Layers, head_rows, layers_to, measure
 from kd.report.attention_charts import read_charts
-from kd.report.confidence import largest_probabilities
+from kd.report.confidence import Answer, answer_probabilities, largest_probabilities
 from kd.report.students import student_names
 
 ARTIFACTS = Path("artifacts/mini")
@@ -194,6 +194,17 @@ def test_without_adapters_the_bare_student_is_measured_on_the_answers_to_its_own
     assert list(measured) == ["no-distillation"]
     assert measured["no-distillation"].answer.positions == len(answered)
     assert measured["no-distillation"].answer.mean == pytest.approx(np.mean(answered), abs=1e-6)
+
+
+@pytest.mark.parametrize("prompt", [[0, 5, 6, 7], [0, 5, 6, 7, 8], [0, 5, 9, 8], [0]])
+def test_what_the_prompt_shares_with_the_question_is_read_once(prompt: list[int], tiny_llama: Path) -> None:
+    model, cache = plain_student(tiny_llama, None), DynamicCache()
+    answer = Answer([*prompt, 10, 11, 12], (len(prompt) - 1, len(prompt) + 2))
+    with torch.inference_mode():
+        largest_probabilities(model, [0, 5, 6, 7], cache)
+        found = answer_probabilities(model, answer, [0, 5, 6, 7], cache)
+        expected = model(torch.tensor([answer.token_ids])).logits[0].softmax(-1).amax(-1)[slice(*answer.rows)]
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 @contextmanager
