@@ -157,7 +157,9 @@ def _add_audit(commands: Any) -> None:
     sub = commands.add_parser("audit", help=text, description=f"{text} (`kd data fetch` brings them)")
     sub.add_argument("--data", metavar="DIR", type=Path, default=Path("data/published"), help="data/published")
     sub.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
-    sub.add_argument("--output", metavar="DIR", type=Path, help="also write audit.json and audit.txt to this folder")
+    sub.add_argument(
+        "--output", metavar="DIR", type=Path, help="also write audit.json, audit.txt and a page, index.html"
+    )
     sub.set_defaults(run=_audit)
 
 
@@ -255,7 +257,8 @@ def _search(config: Config, options: argparse.Namespace) -> None:
 
 
 def _report(config: Config, options: argparse.Namespace) -> None:
-    from kd.report.tables import report, table
+    from kd.report.run import report
+    from kd.report.tables import table
 
     results = report(config)
     _print(json.dumps(results, indent=1) if options.json else table(results))
@@ -295,10 +298,10 @@ def _extract(options: argparse.Namespace) -> None:
 def _audit(options: argparse.Namespace) -> None:
     from kd.audit import audit, text, write_audit
 
-    document = audit(options.data)
+    audited = audit(options.data)
     if options.output:
-        write_audit(document, options.output)
-    _print(json.dumps(document, indent=1) if options.json else text(document))
+        write_audit(audited, options.output)
+    _print(json.dumps(audited.document, indent=1) if options.json else text(audited.document))
 
 
 def _fetch(options: argparse.Namespace) -> None:
