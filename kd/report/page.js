@@ -333,7 +333,6 @@
       if (row) open(Number(row.id.slice("row-".length)));
     });
     addEventListener("hashchange", route);
-    addEventListener("popstate", route);
     addEventListener("resize", () => {
       measureBar();
       filter();

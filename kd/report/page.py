@@ -17,7 +17,7 @@ from importlib.resources import files
 
 from kd.report.plots import Chart
 
-_NUMERIC = re.compile(r"[-+\u2212]?[0-9]")
+_NUMERIC = re.compile(r"[-+]?[0-9][0-9.,]*+%?(?:[ /]|\Z)")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def table(rows: Sequence[tuple[str, ...]], caption: str) -> str:
 
     lines = "".join(f"<tr>{cells(row, 'td', ' scope=row')}</tr>\n" for row in body)
     return (
+        f"<p class=caption>{escape(caption)}</p>\n"
         f'<div class=scroll tabindex=0 role=region aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption>"
         f"<thead><tr>{cells(header, 'th', ' scope=col')}</tr></thead>\n<tbody>\n{lines}</tbody></table></div>\n"
     )
 
@@ -85,7 +85,7 @@ def paragraph(text: str) -> str:
 
 
 def _sections(sections: Sequence[Section]) -> str:
-    return "".join(f"<h3>{escape(section.title)}</h3>\n{section.html}" for section in sections)
+    return "".join(f"<div class=part><h3>{escape(section.title)}</h3>\n{section.html}</div>\n" for section in sections)
 
 
 def _figure(chart: Chart, drawn: str) -> str:

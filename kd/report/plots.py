@@ -28,7 +28,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f
 MARKERS = "osD^vPX"
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 2)))
 LEVELS = "cividis"  # evenly brighter from low to high in grey, and to colour-blind readers
-POINTS = 200  # of a loss curve; a longer one is drawn as means of its parts
+POINTS = 24  # of a loss curve; a longer one is drawn as means of its parts
 
 STYLE: Any = {
     "font.size": 10,
@@ -81,7 +81,7 @@ def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]]) -> Chart:
         if marks:
             axes.plot(*zip(*marks, strict=True), "D", color=COLOURS[1], markeredgecolor=INK, label="published")
         for row, (value, (_, high)) in enumerate(zip(measured, ends, strict=True)):
-            axes.annotate(f"{value:.1f} %", (max(high, *(x for x, y in marks if y == row), value), row), (7, 0),
+            axes.annotate(f"{value:.1f}%", (max(high, *(x for x, y in marks if y == row), value), row), (7, 0),
                           textcoords="offset points", va="center")  # fmt: skip
         axes.set_xlim(0, 1.25 * max(10, *(high for _, high in ends), *(x for x, _ in marks)))
         _name_rows(axes, experiments)
@@ -101,7 +101,7 @@ def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
             steps = [part[-1][0] for part in parts]
             means = [sum(loss for _, loss in part) / len(part) for part in parts]
             axes.plot(steps, means, linestyle=LINES[i % len(LINES)], color=_colour(i), marker=MARKERS[i % len(MARKERS)],
-                      markevery=(i, max(1, len(parts) // 6)), markersize=5, label=name)  # fmt: skip
+                      markersize=5, label=name)  # fmt: skip
         axes.grid(axis="y")
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
@@ -123,8 +123,9 @@ def agreement_chart(answers: Mapping[str, Sequence[str | None]], right: Mapping[
         # A mesh of rectangles: an image would be pixels inside the SVG.
         axes.pcolormesh(shares, cmap=LEVELS, vmin=0, vmax=1, edgecolors=PALE, linewidth=0.5)
         for (i, j), share in np.ndenumerate(shares):
-            axes.text(j + 0.5, i + 0.5, f"{100 * share:.0f}", ha="center", va="center",
-                      color="#000000" if share > 0.5 else "#ffffff", fontweight="bold" if i == j else "normal")  # fmt: skip
+            seen = "#000000" if share > 0.5 else "#ffffff"
+            weight = "bold" if i == j else "normal"
+            axes.text(j + 0.5, i + 0.5, f"{100 * share:.0f}", ha="center", va="center", color=seen, fontweight=weight)
         axes.spines[:].set_visible(False)
         axes.set_xticks([i + 0.5 for i in range(len(names))], names, rotation=40, ha="right")
         axes.set_yticks([i + 0.5 for i in range(len(names))], names)
@@ -195,6 +196,10 @@ def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         yield figure, figure.subplots()
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(figure)  # once, not again for each format
+        figure.set_layout_engine("none")
 
 
 def _name_rows(axes: Axes, names: Mapping[str, object]) -> None:

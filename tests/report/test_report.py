@@ -24,10 +24,24 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
     folder.mkdir(parents=True)
     for right, experiment in enumerate(tiny_params["experiments"]):
         with (folder / f"{experiment}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="x")
+            suffix = tiny_params["experiments"][experiment].get("suffix", "")
+            writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for i in range(6):
-                writer.writerow({"correct": i < right, "rule": "undecided" if i == 5 else "boxed"})
+                question, answer = f"How many are {i} and 2?", i + 2 if i < right else 99
+                writer.writerow(
+                    {
+                        "question": question,
+                        "answer": f"They are {i + 2}.\n#### {i + 2}",
+                        "model_answer": f"{question}{suffix} They are "
+                        + ("many." if i == 5 else f"\\boxed{{{answer}}}"),
+                        "model_output_tokens": 5 + i,
+                        "model_max_tokens": i == 4,
+                        "extracted_answer": -1 if i == 5 else answer,
+                        "rule": "undecided" if i == 5 else "boxed",
+                        "correct": i < right,
+                    }
+                )
     return tiny_params
 
 
@@ -131,7 +145,7 @@ def test_an_unusable_log_is_refused(capsys: pytest.CaptureFixture[str], old: str
 @pytest.mark.usefixtures("logs")
 def test_a_log_with_too_few_rows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("artifacts/mini/logs/teacher-kd.csv")
-    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    path.write_text(path.read_text().rpartition("How many are 5")[0].rpartition("How many are 5")[0])
     assert main(["report"]) == 2
     assert "5 rows where the test set has 6; run `kd assess teacher-kd` again" in capsys.readouterr().err
 
