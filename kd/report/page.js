@@ -143,7 +143,6 @@
         "aria-selected": q === opened,
         "aria-setsize": matching.length,
         "aria-posinset": place + 1,
-        "aria-label": `Question ${q + 1}: ${data.questions[q][0]} ${verdictsInWords(q)}`,
       },
       make("span", { class: "number" }, String(q + 1)),
       make("span", { class: "question" }, data.questions[q][0]),
@@ -155,15 +154,8 @@
 
   function mark(verdict, experiment) {
     const { sign, word } = VERDICTS[verdict];
-    return make("span", { class: verdict, title: `${experiment}: ${word}` }, sign);
-  }
-
-  function verdictsInWords(q) {
-    const words = Object.entries(VERDICTS).map(([verdict, { word }]) => {
-      const names = data.experiments.filter((_, e) => readings[e].verdicts[q] === verdict);
-      return names.length ? `${word}: ${names.join(", ")}.` : "";
-    });
-    return words.join(" ");
+    const said = `${experiment}: ${word}`;
+    return make("span", { class: verdict, role: "img", title: said, "aria-label": said }, sign);
   }
 
   function reveal() {

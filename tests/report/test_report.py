@@ -29,12 +29,12 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
             writer.writeheader()
             for i in range(6):
                 question, answer = f"How many are {i} and 2?", i + 2 if i < right else 99
+                response = "They are many." if i == 5 else f"They are \\boxed{{{answer}}}"
                 writer.writerow(
                     {
                         "question": question,
                         "answer": f"They are {i + 2}.\n#### {i + 2}",
-                        "model_answer": f"{question}{suffix} They are "
-                        + ("many." if i == 5 else f"\\boxed{{{answer}}}"),
+                        "model_answer": f"{question}{suffix} {response}",
                         "model_output_tokens": 5 + i,
                         "model_max_tokens": i == 4,
                         "extracted_answer": -1 if i == 5 else answer,
@@ -145,7 +145,7 @@ def test_an_unusable_log_is_refused(capsys: pytest.CaptureFixture[str], old: str
 @pytest.mark.usefixtures("logs")
 def test_a_log_with_too_few_rows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("artifacts/mini/logs/teacher-kd.csv")
-    path.write_text(path.read_text().rpartition("How many are 5")[0].rpartition("How many are 5")[0])
+    path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")  # an answer has two lines
     assert main(["report"]) == 2
     assert "5 rows where the test set has 6; run `kd assess teacher-kd` again" in capsys.readouterr().err
 
