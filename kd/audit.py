@@ -6,7 +6,7 @@ Source: assessment/logs/*.csv and assessment/assess.ipynb of the paper's reposit
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from html import escape
@@ -54,18 +54,19 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Audit:
-    """The published logs, what each rule set takes from them, which rows count as right, and the document that
-    `kd audit --json` prints."""
+class Prepared:
+    """What the page needs that takes a while and can be had before the slow rule set is done: the responses, packed,
+    and charts, drawn."""
 
-    logs: dict[str, Log]
-    extractions: dict[str, dict[str, list[Extraction]]]
-    right: dict[str, list[bool]]
-    document: dict[str, Any]
+    questions: int
+    packed: str
+    agreement: tuple[plots.Chart, str]
+    length: tuple[plots.Chart, str]
 
 
-def audit(data: Path) -> Audit:
-    """Score the logs in the folder `data` again."""
+def audit(data: Path, folder: Path | None = None) -> dict[str, Any]:
+    """Score the logs in the folder `data` again; the document that `kd audit --json` prints. Where a `folder` is
+    given, audit.json, audit.txt, charts and the page are written into it."""
     logs = {name: read_log(data, name) for name in LOGS}
     processes = get_context("forkserver")
     processes.set_forkserver_preload(["math_verify"])  # takes seconds to import: once for all of them
@@ -79,6 +80,7 @@ def audit(data: Path) -> Audit:
         }
         right = {name: rows_right(log, extractions[name]["notebook"]) for name, log in logs.items()}
         comparisons = [asdict(pair) for pair in compare_pairs(right, SEED)]
+        prepared = _prepare(logs, extractions, right) if folder else None
         found = iter(progress(slow, f"audit, {SLOW}", "row", len(responses)))
         for name, log in logs.items():
             extractions[name][SLOW] = list(islice(found, len(log.responses)))
@@ -89,18 +91,9 @@ def audit(data: Path) -> Audit:
         "comparisons": comparisons,
         "findings": findings(logs, extractions, experiments),
     }
-    return Audit(logs, extractions, right, document)
-
-
-def write_audit(audited: Audit, folder: Path) -> None:
-    """Write audit.json, audit.txt, the charts and the page into `folder`."""
-    charts = [(chart, plots.svg(chart)) for chart in _charts(audited)]
-    with whole_folder(folder) as work:
-        write_json(work / "audit.json", audited.document)
-        write_text(work / "audit.txt", text(audited.document))
-        for chart, drawn in charts:
-            plots.write_chart(chart, drawn, work)
-        write_text(work / "index.html", _page(audited, charts))
+    if folder and prepared:
+        _write(document, prepared, folder)
+    return document
 
 
 def read_log(data: Path, experiment: str) -> Log:
@@ -337,21 +330,43 @@ def _hand_rows(experiments: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
-def _charts(audited: Audit) -> Iterator[plots.Chart]:
-    experiments, logs = audited.document["experiments"], audited.logs
-    yield plots.accuracy_chart(
-        {name: e | {"accuracy": e["recomputed_accuracy"]} for name, e in experiments.items()},
+def _prepare(
+    logs: dict[str, Log], extractions: dict[str, dict[str, list[Extraction]]], right: dict[str, list[bool]]
+) -> Prepared:
+    """Pack the responses and draw the charts that show nothing of the slow rule set."""
+    first = next(iter(logs.values()))
+    questions = [Question(*row) for row in zip(first.questions, first.worked, first.truth, strict=True)]
+    responses = {name: _responses(log, extractions[name], right[name]) for name, log in logs.items()}
+    answers = {name: [found.answer for found in one.taken[COUNTED]] for name, one in responses.items()}
+    return Prepared(
+        len(questions),
+        pack(questions, responses),
+        plots.drawn(plots.agreement_chart(answers, right)),
+        plots.drawn(
+            plots.length_chart(
+                {name: log.tokens for name, log in logs.items()},
+                {name: log.reached_limit for name, log in logs.items()},
+            )
+        ),
     )
-    answers = {
-        name: [found.answer for found in _published(log, audited.extractions[name])] for name, log in logs.items()
-    }
-    yield plots.agreement_chart(answers, audited.right)
-    yield plots.rule_set_chart(
-        {name: {r: e["rule_sets"][r]["accuracy"] for r in RULE_SETS} for name, e in experiments.items()}
-    )
-    yield plots.length_chart(
-        {name: log.tokens for name, log in logs.items()}, {name: log.reached_limit for name, log in logs.items()}
-    )
+
+
+def _write(document: dict[str, Any], prepared: Prepared, folder: Path) -> None:
+    experiments = document["experiments"]
+    counted = {name: e | {"accuracy": e["recomputed_accuracy"]} for name, e in experiments.items()}
+    rule_sets = {name: {r: e["rule_sets"][r]["accuracy"] for r in RULE_SETS} for name, e in experiments.items()}
+    charts = [
+        plots.drawn(plots.accuracy_chart(counted)),
+        prepared.agreement,
+        plots.drawn(plots.rule_set_chart(rule_sets)),
+        prepared.length,
+    ]
+    with whole_folder(folder) as work:
+        write_json(work / "audit.json", document)
+        write_text(work / "audit.txt", text(document))
+        for chart, drawn in charts:
+            plots.write_chart(chart, drawn, work)
+        write_text(work / "index.html", _page(document, prepared, charts))
 
 
 def _published(log: Log, extractions: dict[str, list[Extraction]]) -> list[Extraction]:
@@ -381,20 +396,16 @@ def _responses(log: Log, extractions: dict[str, list[Extraction]], right: list[b
     )
 
 
-def _page(audited: Audit, charts: Sequence[tuple[plots.Chart, str]]) -> str:
-    experiments, first = audited.document["experiments"], next(iter(audited.logs.values()))
-    questions = [Question(*row) for row in zip(first.questions, first.worked, first.truth, strict=True)]
-    responses = {
-        name: _responses(log, audited.extractions[name], audited.right[name]) for name, log in audited.logs.items()
-    }
-    pairs = table(pair_rows(audited.document["comparisons"]), PAIRS_TITLE)
+def _page(document: dict[str, Any], prepared: Prepared, charts: Sequence[tuple[plots.Chart, str]]) -> str:
+    experiments = document["experiments"]
+    pairs = table(pair_rows(document["comparisons"]), PAIRS_TITLE)
     return page(
         "The published logs, scored again",
-        f"{len(questions)} questions of GSM8K's test set and {len(responses)} experiments of arXiv 2412.17846; "
+        f"{prepared.questions} questions of GSM8K's test set and {len(experiments)} experiments of arXiv 2412.17846; "
         f"logs of its repository at commit {COMMIT[:12]}.",
         [
             Section("The paper's table", table(_count_rows(experiments), "Published, and recomputed from the rows")),
-            Section("Findings", _finding_list(audited.document["findings"])),
+            Section("Findings", _finding_list(document["findings"])),
             Section("Rules", table(_rule_rows(experiments), "Rows settled and right by each of the notebook's rules")),
             Section("Rule sets", table(_rule_set_rows(experiments), "Accuracy, nothing decided by hand")),
             Section(
@@ -403,8 +414,8 @@ def _page(audited: Audit, charts: Sequence[tuple[plots.Chart, str]]) -> str:
             Section("Pairs", folded("All pairs of experiments on the same questions", pairs)),
         ],
         charts,
-        pack(questions, responses),
-        [Section("Files", table(_file_rows(audited.document["data"]), f"assessment/logs at commit {COMMIT}"))],
+        prepared.packed,
+        [Section("Files", table(_file_rows(document["data"]), f"assessment/logs at commit {COMMIT}"))],
     )
 
 

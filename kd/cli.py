@@ -296,12 +296,10 @@ def _extract(options: argparse.Namespace) -> None:
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from kd.audit import audit, text, write_audit
+    from kd.audit import audit, text
 
-    audited = audit(options.data)
-    if options.output:
-        write_audit(audited, options.output)
-    _print(json.dumps(audited.document, indent=1) if options.json else text(audited.document))
+    document = audit(options.data, options.output)
+    _print(json.dumps(document, indent=1) if options.json else text(document))
 
 
 def _fetch(options: argparse.Namespace) -> None:

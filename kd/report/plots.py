@@ -173,6 +173,11 @@ def length_chart(tokens: Mapping[str, Sequence[int]], cut: Mapping[str, Sequence
                  "the responses. On the right: how many were cut off at the token limit.", figure)  # fmt: skip
 
 
+def drawn(chart: Chart) -> tuple[Chart, str]:
+    """The chart with its SVG."""
+    return chart, svg(chart)
+
+
 def svg(chart: Chart) -> str:
     """The chart as an SVG element for a page: no ids shared with other charts, no styles, ink in `currentColor`."""
     return ElementTree.tostring(_element(chart), encoding="unicode")

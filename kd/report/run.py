@@ -32,7 +32,7 @@ def report(config: Config) -> dict[str, Any]:
     answered = {name: read_answered(config, name) for name in config.experiments}
     results = tables.collect(config, {name: score(rows) for name, rows in answered.items()})
     responses = {name: _responses(rows) for name, rows in answered.items()}
-    charts = [(chart, plots.svg(chart)) for chart in _charts(config, results, responses)]
+    charts = [plots.drawn(chart) for chart in _charts(config, results, responses)]
     with whole_folder(config.artifacts / "report") as work:
         write_json(work / "results.json", results)
         write_text(work / "results.md", tables.markdown(results))
