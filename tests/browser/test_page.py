@@ -32,6 +32,21 @@ def shown(page: Page) -> str:
     return page.inner_text("#detail h3")
 
 
+def grave_violations(page: Page) -> list[tuple[str, str]]:
+    """What axe finds serious or critical with everything unfolded: the rule and the element."""
+    if not AXE.exists():
+        pytest.skip("axe-core is not there; `nox -s browser` brings it where npm is installed")
+    page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    page.add_script_tag(path=AXE)
+    found: list[dict[str, Any]] = page.evaluate("axe.run().then((found) => found.violations)")
+    return [
+        (violation["id"], node["html"][:200])
+        for violation in found
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
+    ]
+
+
 def test_tables_and_charts_need_no_script(opened: Callable[..., Any], report_file: Path) -> None:
     page = opened(java_script_enabled=False).page
     page.goto(report_file.as_uri())
@@ -212,22 +227,19 @@ def test_a_phone_shows_list_or_question_and_nothing_overflows(
 def test_axe_finds_nothing_serious(
     opened: Callable[..., Any], report_file: Path, scheme: str, width: int, fragment: str
 ) -> None:
-    if not AXE.exists():
-        pytest.skip("axe-core is not there; `nox -s browser` brings it where npm is installed")
     # The policy would refuse axe itself.
     page = opened(color_scheme=scheme, viewport={"width": width, "height": 900}, bypass_csp=True).go(
         report_file, fragment
     )
-    page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
-    page.add_script_tag(path=AXE)
-    violations = page.evaluate("axe.run().then((found) => found.violations)")
-    grave = [
-        (v["id"], v["impact"], node["html"][:200])
-        for v in violations
-        if v["impact"] in ("serious", "critical")
-        for node in v["nodes"]
-    ]
-    assert grave == []
+    assert grave_violations(page) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_the_audits_page(
+    opened: Callable[..., Any], audit_file: Path, scheme: str
+) -> None:
+    page = opened(color_scheme=scheme, bypass_csp=True).go(audit_file, "#q=6")
+    assert grave_violations(page) == []
 
 
 def test_the_audits_page_is_small_and_quick(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kd.assess.review import response_sha256
 from kd.assess.score import COLUMNS
 from kd.cli import main
+from kd.files import sha256
 
 REPORT = Path("artifacts/mini/report")
 
@@ -107,6 +111,33 @@ def test_same_bytes_twice() -> None:
     before = {path.name: path.read_bytes() for path in REPORT.iterdir()}
     assert main(["report"]) == 0
     assert {path.name: path.read_bytes() for path in REPORT.iterdir()} == before
+
+
+@pytest.mark.usefixtures("logs")
+def test_the_page_counts_what_the_table_counts_and_says_what_it_was_made_of() -> None:
+    decided = ("row", "question", "sha256", "answer")
+    question, response = "How many are 5 and 2?", "They are many."
+    Path("reviews").mkdir()
+    with Path("reviews/teacher-kd.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([decided, (6, question, response_sha256(question, response), 7)])
+    assert main(["report"]) == 0
+    page = (REPORT / "index.html").read_text()
+    assert sha256(Path("artifacts/mini/logs/teacher-kd.csv")) in page
+    assert "distill.lora.rank" in page
+    assert "chart-loss" not in page  # no adapter is here
+    rows = json.loads(zlib.decompress(base64.b64decode(page.partition('id="packed">')[2].partition("<")[0])))
+    counted = dict(zip(rows["experiments"], rows["readings"][0], strict=True))
+    results = json.loads((REPORT / "results.json").read_text())["experiments"]
+    for name, result in results.items():
+        assert counted[name]["verdicts"].count("r") == result["correct"]
+    teacher = counted["teacher-kd"]
+    assert (teacher["answers"][5], rows["rules"][teacher["rules"][5]], teacher["verdicts"]) == (
+        "7",
+        "by-hand",
+        "rrrrwr",
+    )
+    response = rows["responses"][0][rows["experiments"].index("teacher-kd")]
+    assert response[slice(*teacher["spans"][0])] == teacher["answers"][0] == "2"
 
 
 def test_an_experiment_of_ones_own_is_marked(
