@@ -19,6 +19,7 @@ nox.options.sessions = ["tests"]
 LOCK = "requirements.lock"
 IMAGE_ENVIRONMENT = os.environ.get("KD_ENVIRONMENT")  # the image's own, complete and not to be written to
 ENVIRONMENT = Path(IMAGE_ENVIRONMENT or ".nox/kd").resolve()
+NODE, AXE = ".nox/npm", "axe-core@4.14.1"  # checks pages for accessibility; used by the tests alone
 
 
 def environment(session: nox.Session) -> None:
@@ -96,6 +97,17 @@ def extractor(session: nox.Session) -> None:
     environment(session)
     suite = ("test_extract.py", "test_rule_sets.py", "test_robust.py", "test_review.py")
     session.run("pytest", *(f"tests/assess/{file}" for file in suite), *session.posargs)
+
+
+@nox.session(python=False)
+def browser(session: nox.Session) -> None:
+    """The report's page in Chromium, which has to be installed (and npm, for axe); arguments go to pytest."""
+    environment(session)
+    if shutil.which("npm"):
+        session.run(
+            "npm", "install", "--silent", "--no-save", "--no-package-lock", "--prefix", NODE, AXE, external=True
+        )
+    session.run("pytest", "-m", "browser", "-s", "tests/browser", *session.posargs)
 
 
 @nox.session(python=False)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from html import escape
 from itertools import islice, repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,12 +19,16 @@ from kd.assess.extract import RULE_SETS, extract, extract_one, without_prompt
 from kd.assess.rules.documented import RULES, answer_is
 from kd.assess.rules.notebook import spelled
 from kd.assess.rules.rule import Extraction
+from kd.assess.score import BY_HAND
 from kd.dataset import final_answer
 from kd.distill.alignment import published_teacher_order
 from kd.errors import UserError
 from kd.files import read_table, whole_folder, write_json, write_text
 from kd.progress import progress
-from kd.published import LOGS, RESULTS, TRUTH, is_published
+from kd.published import COMMIT, LOGS, RESULTS, SHA256, TRUTH, is_published
+from kd.report import plots
+from kd.report.explorer import Question, Responses, pack
+from kd.report.page import Section, folded, page, table
 from kd.report.statistics import compare_pairs, wilson_interval
 from kd.report.tables import PAIRS_TITLE, aligned, pair_rows
 
@@ -31,22 +36,37 @@ SEED = 1
 TRAIN_ROWS = 2638
 DECISION = "model_ex1"
 SLOW = "math-verify"
+COUNTED = "as published: notebook's rules, then by hand"
 
 
 @dataclass(frozen=True)
 class Log:
-    """One published log: responses without their prompts, true answers, and per row the number the authors took
-    (None for the log that was published raw)."""
+    """One published log: responses without their prompts, questions and worked answers, true answers, and per row the
+    number the authors took (None for the log that was published raw)."""
 
     responses: list[str]
+    questions: list[str]
+    worked: list[str]
     truth: list[str]
     decided: list[str] | None
     tokens: list[int]
     reached_limit: list[bool]
 
 
-def audit(data: Path) -> dict[str, Any]:
-    """Score the logs in the folder `data` again; the document that `kd audit --json` prints."""
+@dataclass(frozen=True)
+class Prepared:
+    """What the page needs that takes a while and can be had before the slow rule set is done: the responses, packed,
+    and charts, drawn."""
+
+    questions: int
+    packed: str
+    agreement: tuple[plots.Chart, str]
+    length: tuple[plots.Chart, str]
+
+
+def audit(data: Path, folder: Path | None = None) -> dict[str, Any]:
+    """Score the logs in the folder `data` again; the document that `kd audit --json` prints. Where a `folder` is
+    given, audit.json, audit.txt, charts and the page are written into it."""
     logs = {name: read_log(data, name) for name in LOGS}
     processes = get_context("forkserver")
     processes.set_forkserver_preload(["math_verify"])  # takes seconds to import: once for all of them
@@ -60,23 +80,20 @@ def audit(data: Path) -> dict[str, Any]:
         }
         right = {name: rows_right(log, extractions[name]["notebook"]) for name, log in logs.items()}
         comparisons = [asdict(pair) for pair in compare_pairs(right, SEED)]
+        prepared = _prepare(logs, extractions, right) if folder else None
         found = iter(progress(slow, f"audit, {SLOW}", "row", len(responses)))
         for name, log in logs.items():
             extractions[name][SLOW] = list(islice(found, len(log.responses)))
     experiments = {name: score(name, log, extractions[name]) for name, log in logs.items()}
-    return {
+    document = {
         "data": {file: is_published(data / file) for file in sorted([*LOGS.values(), TRUTH])},
         "experiments": experiments,
         "comparisons": comparisons,
         "findings": findings(logs, extractions, experiments),
     }
-
-
-def write_audit(document: dict[str, Any], folder: Path) -> None:
-    """Write audit.json and audit.txt into `folder`."""
-    with whole_folder(folder) as work:
-        write_json(work / "audit.json", document)
-        write_text(work / "audit.txt", text(document))
+    if folder and prepared:
+        _write(document, prepared, folder)
+    return document
 
 
 def read_log(data: Path, experiment: str) -> Log:
@@ -93,6 +110,8 @@ def read_log(data: Path, experiment: str) -> Log:
             raise UserError(f"{path} row {number}: another question or answer than row {number} of {data / TRUTH}")
     return Log(
         responses=[without_prompt(row["model_answer"], row["question"] if raw else "") for row in rows],
+        questions=[row["question"] for row in test_set],
+        worked=[row["answer"] for row in test_set],
         truth=[_truth(data / TRUTH, number, row) for number, row in enumerate(test_set, start=1)],
         decided=None if raw else [_number(path, n, DECISION, row) for n, row in enumerate(rows, start=1)],
         tokens=[int(float(_number(path, n, "model_output_tokens", row))) for n, row in enumerate(rows, start=1)],
@@ -308,6 +327,108 @@ def _hand_rows(experiments: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
             for name, e in experiments.items()
             if e["manual_published"] and e["manual"]
         ),
+    ]
+
+
+def _prepare(
+    logs: dict[str, Log], extractions: dict[str, dict[str, list[Extraction]]], right: dict[str, list[bool]]
+) -> Prepared:
+    """Pack the responses and draw the charts that show nothing of the slow rule set."""
+    first = next(iter(logs.values()))
+    questions = [Question(*row) for row in zip(first.questions, first.worked, first.truth, strict=True)]
+    responses = {name: _responses(log, extractions[name], right[name]) for name, log in logs.items()}
+    answers = {name: [found.answer for found in one.taken[COUNTED]] for name, one in responses.items()}
+    return Prepared(
+        len(questions),
+        pack(questions, responses),
+        plots.drawn(plots.agreement_chart(answers, right)),
+        plots.drawn(
+            plots.length_chart(
+                {name: log.tokens for name, log in logs.items()},
+                {name: log.reached_limit for name, log in logs.items()},
+            )
+        ),
+    )
+
+
+def _write(document: dict[str, Any], prepared: Prepared, folder: Path) -> None:
+    experiments = document["experiments"]
+    counted = {name: e | {"accuracy": e["recomputed_accuracy"]} for name, e in experiments.items()}
+    rule_sets = {name: {r: e["rule_sets"][r]["accuracy"] for r in RULE_SETS} for name, e in experiments.items()}
+    charts = [
+        plots.drawn(plots.accuracy_chart(counted)),
+        prepared.agreement,
+        plots.drawn(plots.rule_set_chart(rule_sets)),
+        prepared.length,
+    ]
+    with whole_folder(folder) as work:
+        write_json(work / "audit.json", document)
+        write_text(work / "audit.txt", text(document))
+        for chart, drawn in charts:
+            plots.write_chart(chart, drawn, work)
+        write_text(work / "index.html", _page(document, prepared, charts))
+
+
+def _published(log: Log, extractions: dict[str, list[Extraction]]) -> list[Extraction]:
+    """What counts in the published table: the number the authors took and, where it is the notebook's, its place."""
+    automatic = extractions["notebook"]
+    if log.decided is None:
+        return automatic
+    return [
+        found if found.answer == decided else Extraction(decided, BY_HAND, None)
+        for found, decided in zip(automatic, log.decided, strict=True)
+    ]
+
+
+def _responses(log: Log, extractions: dict[str, list[Extraction]], right: list[bool]) -> Responses:
+    """A log for the page, read as it was published and by every rule set that says where an answer stands."""
+    by_rules = {rules: found for rules, found in extractions.items() if rules != SLOW}
+    return Responses(
+        log.responses,
+        log.tokens,
+        log.reached_limit,
+        {COUNTED: _published(log, extractions)} | by_rules,
+        {COUNTED: right}
+        | {
+            rules: [one.answer == truth for one, truth in zip(found, log.truth, strict=True)]
+            for rules, found in by_rules.items()
+        },
+    )
+
+
+def _page(document: dict[str, Any], prepared: Prepared, charts: Sequence[tuple[plots.Chart, str]]) -> str:
+    experiments = document["experiments"]
+    pairs = table(pair_rows(document["comparisons"]), PAIRS_TITLE)
+    return page(
+        "The published logs, scored again",
+        f"{prepared.questions} questions of GSM8K's test set and {len(experiments)} experiments of arXiv 2412.17846; "
+        f"logs of its repository at commit {COMMIT[:12]}.",
+        [
+            Section("The paper's table", table(_count_rows(experiments), "Published, and recomputed from the rows")),
+            Section("Findings", _finding_list(document["findings"])),
+            Section("Rules", table(_rule_rows(experiments), "Rows settled and right by each of the notebook's rules")),
+            Section("Rule sets", table(_rule_set_rows(experiments), "Accuracy, nothing decided by hand")),
+            Section(
+                "Hand decisions", table(_hand_rows(experiments), "How often a rule set takes what the authors took")
+            ),
+            Section("Pairs", folded("All pairs of experiments on the same questions", pairs)),
+        ],
+        charts,
+        prepared.packed,
+        [Section("Files", table(_file_rows(document["data"]), f"assessment/logs at commit {COMMIT}"))],
+    )
+
+
+def _finding_list(findings: Sequence[dict[str, Any]]) -> str:
+    """The findings under their numbers in docs/errata.md."""
+    lines = (f"<li value={finding['number']}>{escape(finding['text'])}</li>\n" for finding in findings)
+    return f"<ol class=findings>\n{''.join(lines)}</ol>\n"
+
+
+def _file_rows(data: Mapping[str, bool]) -> list[tuple[str, ...]]:
+    return [
+        ("File", "As published", "SHA-256 of the published file"),
+        *((file, "yes" if published else "no", SHA256[file]) for file, published in data.items()),
     ]
 
 

@@ -171,7 +171,9 @@ def _add_audit(commands: Any) -> None:
     sub = commands.add_parser("audit", help=text, description=f"{text} (`kd data fetch` brings them)")
     sub.add_argument("--data", metavar="DIR", type=Path, default=Path("data/published"), help="data/published")
     sub.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
-    sub.add_argument("--output", metavar="DIR", type=Path, help="also write audit.json and audit.txt to this folder")
+    sub.add_argument(
+        "--output", metavar="DIR", type=Path, help="also write audit.json, audit.txt and a page, index.html"
+    )
     sub.set_defaults(run=_audit)
 
 
@@ -299,7 +301,8 @@ def _search(config: Config, options: argparse.Namespace) -> None:
 
 
 def _report(config: Config, options: argparse.Namespace) -> None:
-    from kd.report.tables import report, table
+    from kd.report.run import report
+    from kd.report.tables import table
 
     results = report(config)
     _print(json.dumps(results, indent=1) if options.json else table(results))
@@ -347,11 +350,9 @@ def _extract(options: argparse.Namespace) -> None:
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from kd.audit import audit, text, write_audit
+    from kd.audit import audit, text
 
-    document = audit(options.data)
-    if options.output:
-        write_audit(document, options.output)
+    document = audit(options.data, options.output)
     _print(json.dumps(document, indent=1) if options.json else text(document))
 
 

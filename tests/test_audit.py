@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
 import io
 import json
 import shutil
+import zlib
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,11 @@ def audited(published_logs: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         patch.chdir(tmp_path_factory.mktemp("audit"))
         assert main(["audit", "--data", str(published_logs), "--json", "--output", "out"]) == 0
         written = json.loads(Path("out/audit.json").read_text())
-        tables = Path("out/audit.txt").read_text()
+        tables, page = Path("out/audit.txt").read_text(), Path("out/index.html").read_text()
+        charts = sorted(path.name for path in Path("out").glob("*.*g"))
     document: dict[str, Any] = json.loads(out.getvalue())  # one document and nothing else
     assert document == written
-    return document | {"tables": tables}
+    return document | {"tables": tables, "page": page, "charts": charts}
 
 
 def test_notebook_rules_repeat_every_automatic_decision(audited: dict[str, Any]) -> None:
@@ -85,6 +89,23 @@ def test_findings_and_statistics_are_stated(audited: dict[str, Any]) -> None:
     assert all(published for published in audited["data"].values())
     for name in audited["experiments"]:
         assert name in audited["tables"]
+
+
+def test_the_page_holds_tables_charts_findings_and_every_response(audited: dict[str, Any]) -> None:
+    page = audited["page"]
+    assert len(page) <= 8_000_000
+    assert all(escape(finding["text"]) in page for finding in audited["findings"])
+    names = ("accuracy", "agreement", "length", "rule-sets")
+    assert audited["charts"] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    assert all(f"<figure id=chart-{name}>" in page for name in names)
+    packed = page.partition('id="packed">')[2].partition("<")[0]
+    rows = json.loads(zlib.decompress(base64.b64decode(packed)))
+    assert (len(rows["questions"]), rows["experiments"]) == (1319, list(audited["experiments"]))
+    as_published = {name: one["verdicts"].count("r") for name, one in zip(LOGS, rows["readings"][0], strict=True)}
+    assert as_published == {name: one["recomputed_correct"] for name, one in audited["experiments"].items()}
+    for readings in rows["readings"][1:]:
+        for one in readings:
+            assert [answer is None for answer in one["answers"]] == [span is None for span in one["spans"]]
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.assess.extract import extract, without_prompt
-from kd.assess.review import NO_ANSWER, OpenRow, read_decisions, reviews_file
+from kd.assess.review import NO_ANSWER, OpenRow, read_decisions, response_sha256, reviews_file
 from kd.assess.rules.number import canonical
 from kd.assess.rules.rule import UNDECIDED
 from kd.config import Config
@@ -31,6 +31,24 @@ COLUMNS = (
     "rule",
     "correct",
 )
+
+
+BY_HAND = "by-hand"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One row of a log: the response without its prompt, how long it is, and what was taken from it: by a rule, by a
+    person (`BY_HAND`; "-1" is no answer) or by neither (`UNDECIDED`; None)."""
+
+    question: str
+    answer: str
+    response: str
+    tokens: int
+    reached_limit: bool
+    taken: str | None
+    rule: str
+    right: bool
 
 
 @dataclass(frozen=True)
@@ -93,31 +111,53 @@ def read_log(config: Config, experiment: str) -> list[dict[str, str]]:
     return table
 
 
-def score(config: Config, experiment: str) -> Score:
-    """The score of an experiment's log, with what a person decided of it (reviews/<experiment>.csv)."""
-    table = read_log(config, experiment)
-    right = [row["correct"] == "True" for row in table]
+def read_answered(config: Config, experiment: str) -> list[Answered]:
+    """The rows of an experiment's log, with what a person decided of them (reviews/<experiment>.csv)."""
+    path, suffix = log_file(config, experiment), config.experiments[experiment].suffix
     decisions = read_decisions(reviews_file(experiment))
-    undecided, by_hand = [], 0
-    for row in _open_rows(config, experiment, table):
-        decision = decisions.get(row.sha256)
-        if decision is None:
-            undecided.append(row.row)
-        else:
-            by_hand += 1
-            right[row.row - 1] = is_correct(decision["answer"], table[row.row - 1]["answer"])
-    return Score(right, undecided, by_hand)
+    return [
+        _answered(path, number, row, suffix, decisions)
+        for number, row in enumerate(read_log(config, experiment), start=1)
+    ]
+
+
+def score(rows: Sequence[Answered]) -> Score:
+    """What the rows of a log come to."""
+    return Score(
+        [row.right for row in rows],
+        [number for number, row in enumerate(rows, start=1) if row.rule == UNDECIDED],
+        sum(row.rule == BY_HAND for row in rows),
+    )
 
 
 def open_rows(config: Config, experiment: str) -> list[OpenRow]:
     """The rows of an experiment's log that no rule settles."""
-    return _open_rows(config, experiment, read_log(config, experiment))
-
-
-def _open_rows(config: Config, experiment: str, table: list[dict[str, str]]) -> list[OpenRow]:
     suffix = config.experiments[experiment].suffix
     return [
         OpenRow(number, row["question"], without_prompt(row["model_answer"], row["question"] + suffix))
-        for number, row in enumerate(table, start=1)
+        for number, row in enumerate(read_log(config, experiment), start=1)
         if row["rule"] == UNDECIDED
     ]
+
+
+def _answered(
+    path: Path, number: int, row: dict[str, str], suffix: str, decisions: Mapping[str, Mapping[str, str]]
+) -> Answered:
+    question, tokens, rule = row["question"], row["model_output_tokens"], row["rule"]
+    if not tokens.isdecimal():
+        raise UserError(f"{path} row {number}: model_output_tokens is {tokens!r}, expected a number")
+    response = without_prompt(row["model_answer"], question + suffix)
+    taken, right = row["extracted_answer"], row["correct"] == "True"
+    decision = decisions.get(response_sha256(question, response)) if rule == UNDECIDED else None
+    if decision:
+        rule, taken, right = BY_HAND, decision["answer"], is_correct(decision["answer"], row["answer"])
+    return Answered(
+        question=question,
+        answer=row["answer"],
+        response=response,
+        tokens=int(tokens),
+        reached_limit=row["model_max_tokens"] == "True",
+        taken=None if rule == UNDECIDED else taken,
+        rule=rule,
+        right=right,
+    )

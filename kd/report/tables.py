@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from kd.assess.score import Score, score
+from kd.assess.score import Score
 from kd.config import Config
-from kd.files import read_json, whole_folder, write_json, write_text
+from kd.files import read_json
 from kd.published import CHECK_LOSSES, RESULTS
-from kd.report.plots import accuracy_chart
 from kd.report.statistics import compare_pairs, wilson_interval
 from kd.report.teachers import read_prompts
 from kd.report.teachers import rows as prompt_rows
@@ -22,19 +21,8 @@ PAIRS_HEADER = ("first", "second", "difference", "95 % interval", "only first", 
 PAIRS_TITLE = "Pairs on the same questions: McNemar's exact test, Holm-corrected; bootstrap interval of the difference"
 
 
-def report(config: Config) -> dict[str, Any]:
-    """Score every experiment's log and write results.json, results.md and accuracy.png; returns the results."""
-    results = collect(config)
-    with whole_folder(config.artifacts / "report") as work:
-        write_json(work / "results.json", results)
-        write_text(work / "results.md", markdown(results))
-        accuracy_chart(results, work / "accuracy.png")
-    return results
-
-
-def collect(config: Config) -> dict[str, Any]:
+def collect(config: Config, scores: Mapping[str, Score]) -> dict[str, Any]:
     """The results document: what was run and, per experiment, what it came to and what was published."""
-    scores = {name: score(config, name) for name in config.experiments}
     return {
         "profile": config.profile,
         "protocol": config.distill.protocol,
@@ -54,7 +42,7 @@ def collect(config: Config) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """The table for a terminal, columns aligned, and the pairs below it."""
-    return f"{aligned(_rows(results))}\n{PAIRS_TITLE}\n{aligned(pair_rows(results['comparisons']))}"
+    return f"{aligned(result_rows(results))}\n{PAIRS_TITLE}\n{aligned(pair_rows(results['comparisons']))}"
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:
@@ -65,18 +53,22 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The same as Markdown, with what stands behind it."""
+def setting(results: dict[str, Any]) -> str:
+    """What was run, in a sentence."""
     data = results["dataset"]
-    setting = (
-        f"Profile `{results['profile']}`, protocol `{results['protocol']}`, seed {results['seed']}; "
+    return (
+        f"Profile {results['profile']}, protocol {results['protocol']}, seed {results['seed']}; "
         f"{data['train_rows']} training and {data['test_rows']} test rows "
         f"({data['source']}, {data['answers']} answers)."
     )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The same as Markdown, with what stands behind it."""
     parts = [
         f"# Results: {results['profile']}\n",
-        f"{setting}\n",
-        _markdown_table(_rows(results)),
+        f"{setting(results)}\n",
+        _markdown_table(result_rows(results)),
         _undecided(results),
         f"## Pairs\n\n{PAIRS_TITLE}.\n",
         _markdown_table(pair_rows(results["comparisons"])),
@@ -85,7 +77,7 @@ def markdown(results: dict[str, Any]) -> str:
         parts += [
             "## Check loss after training\n",
             "The original's own: mean cross entropy of answer token i at question position i, over the test rows.\n",
-            _markdown_table(_check_rows(results["check_losses"])),
+            _markdown_table(check_rows(results["check_losses"])),
         ]
     if results["prompts"]:
         parts += [
@@ -148,7 +140,8 @@ def _check_losses(config: Config) -> dict[str, Any]:
     return found
 
 
-def _check_rows(losses: dict[str, Any]) -> list[tuple[str, ...]]:
+def check_rows(losses: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The rows of a table of check losses, its header first."""
     rows: list[tuple[str, ...]] = [("Adapter", "Check loss", "Published")]
     return rows + [
         (
@@ -160,7 +153,8 @@ def _check_rows(losses: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def _rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+def result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The rows of the paper's table, its header first."""
     rows: list[tuple[str, ...]] = [HEADER]
     for name, result in results["experiments"].items():
         low, high = result["interval"]

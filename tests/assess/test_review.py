@@ -38,7 +38,7 @@ def log(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], No
 def write_log(responses: list[str]) -> None:
     LOG.parent.mkdir(parents=True, exist_ok=True)
     with LOG.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="x")
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for i, response in enumerate(responses, start=1):
             settled = i == 2
@@ -47,6 +47,8 @@ def write_log(responses: list[str]) -> None:
                     "question": f"How many is {i}0?",
                     "answer": f"It is.\n#### {i}0",
                     "model_answer": f"How many is {i}0? {response}",
+                    "model_output_tokens": 9,
+                    "model_max_tokens": False,
                     "extracted_answer": "20" if settled else "-1",
                     "rule": "first-line" if settled else "undecided",
                     "correct": settled,

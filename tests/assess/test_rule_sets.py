@@ -51,6 +51,27 @@ def test_notebook_takes_rule_3_from_the_last_row_that_fell_through() -> None:
     ) == [(None, "undecided"), ("13", "last-number"), ("11", "answer-is"), ("9", "last-number"), ("1", "answer-is")]
 
 
+@pytest.mark.parametrize("rules", [name for name in RULE_SETS if name != "math-verify"])
+def test_every_answer_is_found_where_it_is_said_to_stand(rules: str) -> None:
+    responses = [
+        "1 2\nand 13",
+        "1 2\nthe answer is 9 and \\boxed{no}",
+        "\U0001f600 it is $1,800.\n#### 1,800",
+        "the answer is 5\n1 2",
+        "none",
+    ]
+    for row, found in enumerate(extract(responses, rules)):
+        assert (found.answer is None) == (found.span is None)
+        if found.answer is not None and found.span is not None:
+            stands = responses[row - found.rows_back][slice(*found.span)]
+            assert stands.replace(",", "").strip("$.") == found.answer
+
+
+def test_notebooks_rule_3_says_how_far_back_its_number_stands() -> None:
+    found = list(extract(["7 8\nand 9", "5", "1 2\nthe answer is 3"], "notebook"))[-1]
+    assert (found.answer, found.rule, found.span, found.rows_back) == ("7", "answer-is", (0, 1), 2)
+
+
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_float_is_spelled_so_that_it_reads_back(value: float) -> None:
     assert float(spelled(value)) == value

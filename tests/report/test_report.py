@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kd.assess.review import response_sha256
 from kd.assess.score import COLUMNS
 from kd.cli import main
+from kd.files import sha256
 
 REPORT = Path("artifacts/mini/report")
 
@@ -24,10 +28,24 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
     folder.mkdir(parents=True)
     for right, experiment in enumerate(tiny_params["experiments"]):
         with (folder / f"{experiment}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="x")
+            suffix = tiny_params["experiments"][experiment].get("suffix", "")
+            writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for i in range(6):
-                writer.writerow({"correct": i < right, "rule": "undecided" if i == 5 else "boxed"})
+                question, answer = f"How many are {i} and 2?", i + 2 if i < right else 99
+                response = "They are many." if i == 5 else f"They are \\boxed{{{answer}}}"
+                writer.writerow(
+                    {
+                        "question": question,
+                        "answer": f"They are {i + 2}.\n#### {i + 2}",
+                        "model_answer": f"{question}{suffix} {response}",
+                        "model_output_tokens": 5 + i,
+                        "model_max_tokens": i == 4,
+                        "extracted_answer": -1 if i == 5 else answer,
+                        "rule": "undecided" if i == 5 else "boxed",
+                        "correct": i < right,
+                    }
+                )
     return tiny_params
 
 
@@ -95,6 +113,33 @@ def test_same_bytes_twice() -> None:
     assert {path.name: path.read_bytes() for path in REPORT.iterdir()} == before
 
 
+@pytest.mark.usefixtures("logs")
+def test_the_page_counts_what_the_table_counts_and_says_what_it_was_made_of() -> None:
+    decided = ("row", "question", "sha256", "answer")
+    question, response = "How many are 5 and 2?", "They are many."
+    Path("reviews").mkdir()
+    with Path("reviews/teacher-kd.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([decided, (6, question, response_sha256(question, response), 7)])
+    assert main(["report"]) == 0
+    page = (REPORT / "index.html").read_text()
+    assert sha256(Path("artifacts/mini/logs/teacher-kd.csv")) in page
+    assert "distill.lora.rank" in page
+    assert "chart-loss" not in page  # no adapter is here
+    rows = json.loads(zlib.decompress(base64.b64decode(page.partition('id="packed">')[2].partition("<")[0])))
+    counted = dict(zip(rows["experiments"], rows["readings"][0], strict=True))
+    results = json.loads((REPORT / "results.json").read_text())["experiments"]
+    for name, result in results.items():
+        assert counted[name]["verdicts"].count("r") == result["correct"]
+    teacher = counted["teacher-kd"]
+    assert (teacher["answers"][5], rows["rules"][teacher["rules"][5]], teacher["verdicts"]) == (
+        "7",
+        "by-hand",
+        "rrrrwr",
+    )
+    response = rows["responses"][0][rows["experiments"].index("teacher-kd")]
+    assert response[slice(*teacher["spans"][0])] == teacher["answers"][0] == "2"
+
+
 def test_an_experiment_of_ones_own_is_marked(
     logs: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +176,7 @@ def test_an_unusable_log_is_refused(capsys: pytest.CaptureFixture[str], old: str
 @pytest.mark.usefixtures("logs")
 def test_a_log_with_too_few_rows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("artifacts/mini/logs/teacher-kd.csv")
-    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")  # an answer has two lines
     assert main(["report"]) == 2
     assert "5 rows where the test set has 6; run `kd assess teacher-kd` again" in capsys.readouterr().err
 

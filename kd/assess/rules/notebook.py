@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from decimal import Decimal
 
 from kd.assess.rules.number import canonical
@@ -31,8 +32,9 @@ _ANSWER_IS = re.compile(r"the ?(?:final|correct)* ?answer ?is")
 
 def notebook(responses: Iterable[str]) -> Iterator[Extraction]:
     """Extract every response of a log, in the log's order."""
-    stale: re.Match[str] | None = None  # first number of the last response that the last rule read
-    for response in responses:
+    stale: re.Match[str] | None = None  # first number of the last response that the last rule read,
+    stale_row = 0  # and where that is
+    for row, response in enumerate(responses):
         boxed = _BOXED.search(response)
         if boxed:
             yield _extraction(boxed, "boxed")
@@ -44,10 +46,10 @@ def notebook(responses: Iterable[str]) -> Iterator[Extraction]:
         phrase = _ANSWER_IS.search(response)
         if phrase and _NUMBER.search(response, phrase.start()):
             found = _extraction(stale, "answer-is") if stale else NOTHING
-            yield Extraction(found.answer, found.rule, None)  # the number stands in another response
+            yield replace(found, rows_back=row - stale_row) if found.span else found
             continue
         numbers = list(_NUMBER.finditer(response))
-        stale = numbers[0] if numbers else None
+        stale, stale_row = numbers[0] if numbers else None, row
         yield _extraction(numbers[-1], "last-number") if numbers else NOTHING
 
 

@@ -24,11 +24,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Extraction:
-    """A response's answer in canonical spelling, the rule that took it and where it stands; None where undecided."""
+    """A response's answer in canonical spelling, the rule that took it and where it stands; None where undecided.
+
+    `span` is None too where a library does not say it. `rows_back` is 0 unless the answer stands in an earlier
+    response of the log, that many rows before.
+    """
 
     answer: str | None
     rule: str
     span: tuple[int, int] | None
+    rows_back: int = 0
 
 
 Rule = Callable[[str], Found | None]

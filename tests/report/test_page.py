@@ -1,0 +1,133 @@
+"""The page's parts without a browser: what is packed into it, what its policy allows, and charts as SVG."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import zlib
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kd.assess.rules.rule import NOTHING, Extraction
+from kd.report import plots
+from kd.report.explorer import Question, Responses, pack
+from kd.report.page import Section, page, table
+
+EXPERIMENTS = {
+    name: {"accuracy": share, "interval": (share - 0.01, share + 0.01), "published_accuracy": published}
+    for name, share, published in (("a", 0.2, 0.25), ("b", 0.9, None))
+}
+
+
+def unpack(packed: str) -> Any:
+    return json.loads(zlib.decompress(base64.b64decode(packed)))
+
+
+def drawn() -> list[plots.Chart]:
+    return [
+        plots.accuracy_chart(EXPERIMENTS),
+        plots.loss_chart({"a": [(step, 9 - step / 100) for step in range(100)], "b": [(0, 9.0)]}),
+        plots.agreement_chart({"a": ["1", None], "b": ["1", None]}, {"a": [True, False], "b": [True, False]}),
+        plots.rule_set_chart({"a": {"documented": 0.2, "robust": 0.3}, "b": {"documented": 0.4, "robust": 0.4}}),
+        plots.length_chart({"a": [1, 2, 300], "b": [50]}, {"a": [False, False, True], "b": [True]}),
+    ]
+
+
+def test_what_is_packed_is_what_was_taken() -> None:
+    taken = [Extraction("3", "boxed", (2, 3)), NOTHING, Extraction("5", "answer-is", (0, 1), rows_back=2)]
+    responses = Responses(
+        ["it 3", "", "so"], [1, 0, 2], [False, True, False], {"r": taken}, {"r": [True, False, False]}
+    )
+    found = unpack(pack([Question(f"q{i}", "w", "3") for i in range(3)], {"a": responses, "b": responses}))
+    assert found["experiments"] == ["a", "b"]
+    assert found["questions"][2] == ["q2", "w", "3"]
+    assert found["responses"] == [["it 3"] * 2, [""] * 2, ["so"] * 2]
+    assert found["cut"] == ["010", "010"]
+    one = found["readings"][0][1]
+    assert one["answers"] == ["3", None, "5"]
+    assert [found["rules"][rule] for rule in one["rules"]] == ["boxed", "undecided", "answer-is"]
+    assert (one["spans"], one["back"], one["verdicts"]) == ([[2, 3], None, [0, 1]], {"2": 2}, "ruw")
+
+
+@given(st.text(), st.text(min_size=1), st.text())
+def test_spans_are_counted_as_javascript_counts(before: str, answer: str, behind: str) -> None:
+    text = before + answer + behind
+    found = Extraction("1", "rule", (len(before), len(before) + len(answer)))
+    packed = unpack(pack([Question("", "", "")], {"a": Responses([text], [1], [False], {"r": [found]}, {"r": [True]})}))
+    (start, stop), units = packed["readings"][0][0]["spans"][0], text.encode("utf-16-le", "surrogatepass")
+    assert units[2 * start : 2 * stop].decode("utf-16-le", "surrogatepass") == answer
+
+
+class Outline(HTMLParser):
+    """The elements of a page: text of style and script, and every attribute that loads or runs something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.policy, self.texts, self.loads, self.open = "", {"style": "", "script": ""}, [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.open = tag
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given["content"] or ""
+        loads = [f"{k}={v}" for k, v in attrs if k in ("src", "style", "srcset", "action") or k.startswith("on")]
+        self.loads += loads + [v for k, v in attrs if k == "href" and v and not v.startswith("#")]
+
+    def handle_data(self, data: str) -> None:
+        if self.open in self.texts:
+            self.texts[self.open] = data  # the last script is the page's own
+
+    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002
+        self.open = ""
+
+
+def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else() -> None:
+    charts = [(chart, plots.svg(chart)) for chart in drawn()]
+    text = page("T", "s", [Section("R", table([("a", "b"), ("<img src=x>", "1")], "c & d"))], charts, "eJw=", [])
+    found = Outline(text)
+    assert found.loads == []
+    hashes = {k: base64.b64encode(hashlib.sha256(v.encode()).digest()).decode() for k, v in found.texts.items()}
+    assert found.policy == (
+        f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    assert "&lt;img src=x&gt;" in text
+    assert "{{" not in text.replace("{{packed}}", "")
+    assert re.findall(r"https?:", text) == []
+
+
+@pytest.mark.parametrize("name", ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "fetch("])
+def test_the_script_makes_no_markup_of_data_and_asks_for_nothing(name: str) -> None:
+    assert name not in page("", "", [], [], "", [])
+
+
+def test_a_title_is_not_a_template() -> None:
+    assert "<h1>{{packed}} &lt;b&gt;</h1>" in page("{{packed}} <b>", "", [], [], "eJw=", [])
+
+
+def test_charts_are_the_same_bytes_each_time_and_share_no_ids() -> None:
+    first, second = ([plots.svg(chart) for chart in drawn()] for _ in range(2))
+    assert first == second
+    ids = [element.get("id") for text in first for element in ElementTree.fromstring(text).iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    for text in first:
+        root = ElementTree.fromstring(text)
+        assert not any("style" in element.attrib or element.tag == "style" for element in root.iter())
+        links = [e.attrib["href"].removeprefix("#") for e in root.iter() if "href" in e.attrib]
+        assert {*links, *re.findall(r"url\(#([^)]+)\)", text)} <= set(ids)
+        assert plots.INK not in text
+        assert "currentColor" in text
+
+
+def test_every_line_of_a_chart_is_told_apart_without_colour() -> None:
+    assert len(plots.COLOURS) == len(plots.MARKERS) == len(plots.LINES) == len(set(map(str, plots.LINES)))
+    (axes,) = drawn()[1].figure.axes
+    assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 2
