@@ -49,7 +49,7 @@ STYLE: Any = {
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _FONT = re.compile(r"(?:(?P<weight>bold) )?(?P<size>[0-9.]+px) .*")
-_STANDALONE = "svg{color:#1b1f24}@media(prefers-color-scheme:dark){svg{color:#e6e8eb}}"
+_STANDALONE = "svg{color-scheme:light dark;color:CanvasText}"  # opened by itself it follows the reader's scheme
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,14 @@ def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]]) -> Chart:
                       elinewidth=1.4, capsize=4)  # fmt: skip
         if marks:
             axes.plot(*zip(*marks, strict=True), "D", color=COLOURS[1], markeredgecolor=INK, label="published")
-        for row, (value, (_, high)) in enumerate(zip(measured, ends, strict=True)):
-            axes.annotate(f"{value:.1f}%", (max(high, *(x for x, y in marks if y == row), value), row), (7, 0),
-                          textcoords="offset points", va="center")  # fmt: skip
-        axes.set_xlim(0, 1.25 * max(10, *(high for _, high in ends), *(x for x, _ in marks)))
+        for row, value in enumerate(measured):
+            axes.annotate(f"{value:.1f}%", (1, row), xycoords=("axes fraction", "data"), ha="right", va="center")
+        axes.set_xlim(0, 1.3 * max(10, *(high for _, high in ends), *(x for x, _ in marks)))
         _name_rows(axes, experiments)
         axes.set_xlabel("accuracy on the test questions (%)")
         _legend(figure, axes)
-    return Chart("accuracy", "Accuracy", "Bars: share of test questions that are right, with its 95 % Wilson "
-                 "interval. Diamonds: the figure printed in the paper.", figure)  # fmt: skip
+    return Chart("accuracy", "Accuracy", "Bars, and figures on the right: share of test questions that are right, with "
+                 "its 95 % Wilson interval. Diamonds: what the paper printed.", figure)  # fmt: skip
 
 
 def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
@@ -140,14 +139,13 @@ def rule_set_chart(accuracies: Mapping[str, Mapping[str, float]]) -> Chart:
     """Accuracy of each experiment (outer key) by each rule set (inner key), nothing decided by hand."""
     rule_sets = list(next(iter(accuracies.values())))
     with _axes(0.42 * len(accuracies) + 1.5) as (figure, axes):
-        for row, one in enumerate(accuracies.values()):
-            axes.plot([100 * min(one.values()), 100 * max(one.values())], [row, row], color=PALE, linewidth=1)
         for i, rule_set in enumerate(rule_sets):
             shares = [100 * one[rule_set] for one in accuracies.values()]
-            axes.plot(shares, range(len(shares)), MARKERS[i % len(MARKERS)], color=_colour(i), markeredgecolor=INK,
-                      markeredgewidth=0.7, markersize=8, label=rule_set)  # fmt: skip
+            rows = [row + (i - (len(rule_sets) - 1) / 2) * 0.12 for row in range(len(shares))]  # none hides another
+            axes.plot(shares, rows, MARKERS[i % len(MARKERS)], color=_colour(i), markeredgecolor=INK,
+                      markeredgewidth=0.7, markersize=7.5, label=rule_set, clip_on=False, zorder=3)  # fmt: skip
         axes.set_xlim(left=0)
-        axes.grid(axis="x")
+        axes.grid(axis="both")
         _name_rows(axes, accuracies)
         axes.set_xlabel("accuracy by the rules alone (%)")
         _legend(figure, axes)
