@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, response, word
 from playwright.sync_api import Page, expect
+from written import response, word
 
 pytestmark = pytest.mark.browser
 
 Logs = dict[str, list[dict[str, str]]]
-AXE = REPOSITORY / ".nox/npm/node_modules/axe-core/axe.min.js"
+AXE = Path(__file__).parents[2] / ".nox/npm/node_modules/axe-core/axe.min.js"
 PHONE = {"width": 390, "height": 844}
 
 
