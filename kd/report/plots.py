@@ -49,7 +49,7 @@ STYLE: Any = {
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _FONT = re.compile(r"(?:(?P<weight>bold) )?(?P<size>[0-9.]+px) .*")
-_STANDALONE = "svg{color:#1b1f24}@media(prefers-color-scheme:dark){svg{color:#e6e8eb}}"
+_STANDALONE = "svg{color-scheme:light dark;color:CanvasText}"  # opened by itself it follows the reader's scheme
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,45 @@ def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]]) -> Chart:
     ends = [[100 * end for end in one["interval"]] for one in experiments.values()]
     # A rate of 0 or 1 can lie a rounding error outside its own interval; a bar's arm cannot be negative.
     arms = [[max(0.0, value - low), max(0.0, high - value)] for value, (low, high) in zip(measured, ends, strict=True)]
-    marks = [(100 * one["published_accuracy"], i) for i, one in enumerate(experiments.values())
-             if one["published_accuracy"] is not None]  # fmt: skip
+    marks = [
+        (100 * one["published_accuracy"], i)
+        for i, one in enumerate(experiments.values())
+        if one["published_accuracy"] is not None
+    ]
     with _axes(0.42 * len(experiments) + 1.1) as (figure, axes):
-        axes.barh(range(len(measured)), measured, 0.62, color=COLOURS[4], edgecolor=INK, linewidth=0.8,
-                  label="measured, 95 % interval")  # fmt: skip
-        axes.errorbar(measured, range(len(measured)), xerr=list(zip(*arms, strict=True)), fmt="none", ecolor=INK,
-                      elinewidth=1.4, capsize=4)  # fmt: skip
+        axes.barh(
+            range(len(measured)),
+            measured,
+            0.62,
+            color=COLOURS[4],
+            edgecolor=INK,
+            linewidth=0.8,
+            label="measured, 95 % interval",
+        )
+        axes.errorbar(
+            measured,
+            range(len(measured)),
+            xerr=list(zip(*arms, strict=True)),
+            fmt="none",
+            ecolor=INK,
+            elinewidth=1.4,
+            capsize=4,
+        )
         if marks:
             axes.plot(*zip(*marks, strict=True), "D", color=COLOURS[1], markeredgecolor=INK, label="published")
-        for row, (value, (_, high)) in enumerate(zip(measured, ends, strict=True)):
-            axes.annotate(f"{value:.1f}%", (max(high, *(x for x, y in marks if y == row), value), row), (7, 0),
-                          textcoords="offset points", va="center")  # fmt: skip
-        axes.set_xlim(0, 1.25 * max(10, *(high for _, high in ends), *(x for x, _ in marks)))
+        for row, value in enumerate(measured):
+            axes.annotate(f"{value:.1f}%", (1, row), xycoords=("axes fraction", "data"), ha="right", va="center")
+        axes.set_xlim(0, 1.3 * max(10, *(high for _, high in ends), *(x for x, _ in marks)))
         _name_rows(axes, experiments)
         axes.set_xlabel("accuracy on the test questions (%)")
         _legend(figure, axes)
-    return Chart("accuracy", "Accuracy", "Bars: share of test questions that are right, with its 95 % Wilson "
-                 "interval. Diamonds: the figure printed in the paper.", figure)  # fmt: skip
+    return Chart(
+        "accuracy",
+        "Accuracy",
+        "Bars, and figures on the right: share of test questions that are right, with "
+        "its 95 % Wilson interval. Diamonds: what the paper printed.",
+        figure,
+    )
 
 
 def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
@@ -100,8 +121,15 @@ def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
             parts = [curve[start : start + size] for start in range(0, len(curve), size)]
             steps = [part[-1][0] for part in parts]
             means = [sum(loss for _, loss in part) / len(part) for part in parts]
-            axes.plot(steps, means, linestyle=LINES[i % len(LINES)], color=_colour(i), marker=MARKERS[i % len(MARKERS)],
-                      markersize=5, label=name)  # fmt: skip
+            axes.plot(
+                steps,
+                means,
+                linestyle=LINES[i % len(LINES)],
+                color=_colour(i),
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=5,
+                label=name,
+            )
         axes.grid(axis="y")
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
@@ -115,10 +143,15 @@ def agreement_chart(answers: Mapping[str, Sequence[str | None]], right: Mapping[
     import numpy as np
 
     names = list(answers)
-    shares = np.array([
-        [_share_same(answers[a], answers[b]) if j > i else _share_both(right[a], right[b])
-         for j, b in enumerate(names)] for i, a in enumerate(names)
-    ])  # fmt: skip
+    shares = np.array(
+        [
+            [
+                _share_same(answers[a], answers[b]) if j > i else _share_both(right[a], right[b])
+                for j, b in enumerate(names)
+            ]
+            for i, a in enumerate(names)
+        ]
+    )
     with _axes(0.55 * len(names) + 1.7) as (figure, axes):
         # A mesh of rectangles: an image would be pixels inside the SVG.
         axes.pcolormesh(shares, cmap=LEVELS, vmin=0, vmax=1, edgecolors=PALE, linewidth=0.5)
@@ -131,37 +164,63 @@ def agreement_chart(answers: Mapping[str, Sequence[str | None]], right: Mapping[
         axes.set_yticks([i + 0.5 for i in range(len(names))], names)
         axes.tick_params(length=0)
         axes.invert_yaxis()
-    return Chart("agreement", "Agreement between experiments", "Per cent of the test questions. Above the diagonal: "
-                 "both give the same answer. Below: both are right. On it, in bold: the experiment's own accuracy.",
-                 figure)  # fmt: skip
+    return Chart(
+        "agreement",
+        "Agreement between experiments",
+        "Per cent of the test questions. Above the diagonal: "
+        "both give the same answer. Below: both are right. On it, in bold: the experiment's own accuracy.",
+        figure,
+    )
 
 
 def rule_set_chart(accuracies: Mapping[str, Mapping[str, float]]) -> Chart:
     """Accuracy of each experiment (outer key) by each rule set (inner key), nothing decided by hand."""
     rule_sets = list(next(iter(accuracies.values())))
     with _axes(0.42 * len(accuracies) + 1.5) as (figure, axes):
-        for row, one in enumerate(accuracies.values()):
-            axes.plot([100 * min(one.values()), 100 * max(one.values())], [row, row], color=PALE, linewidth=1)
         for i, rule_set in enumerate(rule_sets):
             shares = [100 * one[rule_set] for one in accuracies.values()]
-            axes.plot(shares, range(len(shares)), MARKERS[i % len(MARKERS)], color=_colour(i), markeredgecolor=INK,
-                      markeredgewidth=0.7, markersize=8, label=rule_set)  # fmt: skip
+            rows = [row + (i - (len(rule_sets) - 1) / 2) * 0.12 for row in range(len(shares))]  # none hides another
+            axes.plot(
+                shares,
+                rows,
+                MARKERS[i % len(MARKERS)],
+                color=_colour(i),
+                markeredgecolor=INK,
+                markeredgewidth=0.7,
+                markersize=7.5,
+                label=rule_set,
+                clip_on=False,
+                zorder=3,
+            )
         axes.set_xlim(left=0)
-        axes.grid(axis="x")
+        axes.grid(axis="both")
         _name_rows(axes, accuracies)
         axes.set_xlabel("accuracy by the rules alone (%)")
         _legend(figure, axes)
-    return Chart("rule-sets", "Rule sets", "The same responses, read by each rule set; rows that it "
-                 "does not settle count as wrong.", figure)  # fmt: skip
+    return Chart(
+        "rule-sets",
+        "Rule sets",
+        "The same responses, read by each rule set; rows that it does not settle count as wrong.",
+        figure,
+    )
 
 
 def length_chart(tokens: Mapping[str, Sequence[int]], cut: Mapping[str, Sequence[bool]]) -> Chart:
     """How long the responses of each experiment are, and how many of them its limit cut off."""
     with _axes(0.42 * len(tokens) + 1.1) as (figure, axes):
-        axes.boxplot(list(tokens.values()), orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.55,
-                     positions=range(len(tokens)), patch_artist=True,
-                     boxprops={"facecolor": COLOURS[4], "edgecolor": INK}, medianprops={"color": INK, "linewidth": 2.4},
-                     whiskerprops={"color": INK}, capprops={"color": INK})  # fmt: skip
+        axes.boxplot(
+            list(tokens.values()),
+            orientation="horizontal",
+            whis=(5, 95),
+            showfliers=False,
+            widths=0.55,
+            positions=range(len(tokens)),
+            patch_artist=True,
+            boxprops={"facecolor": COLOURS[4], "edgecolor": INK},
+            medianprops={"color": INK, "linewidth": 2.4},
+            whiskerprops={"color": INK},
+            capprops={"color": INK},
+        )
         longest = max(1, *(max(lengths) for lengths in tokens.values()))
         for row, name in enumerate(tokens):
             axes.annotate(f"{sum(cut[name]) / len(cut[name]):.0%} cut", (1.04 * longest, row), va="center")
@@ -169,8 +228,13 @@ def length_chart(tokens: Mapping[str, Sequence[int]], cut: Mapping[str, Sequence
         axes.grid(axis="x")
         _name_rows(axes, tokens)
         axes.set_xlabel("tokens in a response")
-    return Chart("length", "Length of the responses", "Boxes: the middle half, with the median; whiskers: 5 to 95 % of "
-                 "the responses. On the right: how many were cut off at the token limit.", figure)  # fmt: skip
+    return Chart(
+        "length",
+        "Length of the responses",
+        "Boxes: the middle half, with the median; whiskers: 5 to 95 % of "
+        "the responses. On the right: how many were cut off at the token limit.",
+        figure,
+    )
 
 
 def drawn(chart: Chart) -> tuple[Chart, str]:
@@ -248,8 +312,13 @@ def _element(chart: Chart) -> ElementTree.Element:
             parent.set(name, _own(chart.name, name, value))
     del root.attrib["width"], root.attrib["height"], root.attrib["version"]
     # What matplotlib puts into a style sheet for all elements.
-    root.attrib |= {"role": "img", "aria-label": chart.title, "font-family": "system-ui, sans-serif",
-                    "stroke-linejoin": "round", "stroke-linecap": "butt"}  # fmt: skip
+    root.attrib |= {
+        "role": "img",
+        "aria-label": chart.title,
+        "font-family": "system-ui, sans-serif",
+        "stroke-linejoin": "round",
+        "stroke-linecap": "butt",
+    }
     return root
 
 
