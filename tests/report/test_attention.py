@@ -204,7 +204,7 @@ def test_what_the_prompt_shares_with_the_question_is_read_once(prompt: list[int]
         largest_probabilities(model, [0, 5, 6, 7], cache)
         found = answer_probabilities(model, answer, [0, 5, 6, 7], cache)
         expected = model(torch.tensor([answer.token_ids])).logits[0].softmax(-1).amax(-1)[slice(*answer.rows)]
-    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=5e-6)  # another order of float32 additions
 
 
 @contextmanager
