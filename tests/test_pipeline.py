@@ -16,6 +16,8 @@ import pytest
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("pipeline")  # its tests share a DVC cache, so that the pipeline runs whole once
+
 FILES = ("kd", "profiles", "reviews", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
