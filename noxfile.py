@@ -89,9 +89,8 @@ def tests(session: nox.Session) -> None:
     """Every test; arguments go to pytest (`nox -s tests -- -k store -x`)."""
     environment(session)
     # One process a core, and one thread in each: torch's threads wait for each other where there are more than cores.
-    session.run(
-        "pytest", "--numprocesses", "logical", "--maxprocesses", "8", *session.posargs, env={"OMP_NUM_THREADS": "1"}
-    )
+    spread = ("--numprocesses", "logical", "--maxprocesses", "8", "--dist", "loadgroup")
+    session.run("pytest", *spread, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=False)
