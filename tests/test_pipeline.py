@@ -16,7 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("pipeline")  # its tests share a DVC cache, so that the pipeline runs whole once
+pytestmark = pytest.mark.xdist_group("pipeline")  # they share a working folder, and what one ran the next need not
 
 FILES = ("kd", "profiles", "reviews", "dvc.yaml", ".dvcignore", ".gitignore")
 
