@@ -36,6 +36,7 @@ Beside them:
   kd doctor                  has this machine what the profile needs?
   kd models fetch            the profile's teacher and student from the Hub, resumable
   kd search teacher-kd       alpha and T by Bayesian search
+  kd measure teacher-kd      how well it predicts the test answers, and how far it is from its teacher
   kd store inspect PATH      what a teacher store holds, every file verified
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
@@ -126,6 +127,11 @@ def _add_stages(commands: Any) -> None:
     search.add_argument("--storage", metavar="URL", help="a database that several hosts share (an SQLite file)")
     search.add_argument("--on-test", action="store_true", help="judge on the test split, as the original did; unfair")
     search.add_argument("--json", action="store_true", help="print best.json")
+    measure = stage(
+        "measure", _measure, "measure a student's loss on the test answers and its distance from its teacher"
+    )
+    measure.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as teacher-kd")
+    measure.add_argument("--json", action="store_true", help="print one JSON document")
     report = stage("report", _report, "score every log, write the report and print the table")
     report.add_argument("--json", action="store_true", help="print results.json instead of the table")
     attention = stage("attention", _attention, "measure how each student attends and how sure it is of each next token")
@@ -293,11 +299,16 @@ def _search(config: Config, options: argparse.Namespace) -> None:
     choose(options.experiment, list(config.adapters), "experiment", "adapters")
     from kd.distill.search import search
 
-    best = search(config, options.experiment, options.storage, options.on_test)
-    if options.json:
-        _print(json.dumps(best, indent=1))
-    else:
-        _print("\n".join(f"{name}: {value}" for name, value in best.items()))
+    _print_values(search(config, options.experiment, options.storage, options.on_test), options.json)
+
+
+def _measure(config: Config, options: argparse.Namespace) -> None:
+    from kd.config import choose
+
+    choose(options.experiment, list(config.experiments), "experiment", "experiments")
+    from kd.assess.held_out import measure
+
+    _print_values(measure(config, options.experiment), options.json)
 
 
 def _report(config: Config, options: argparse.Namespace) -> None:
@@ -405,6 +416,11 @@ def _heads(text: str) -> list[tuple[int, int]]:
     if not all(layer.isdecimal() and head.isdecimal() for layer, _, head in pairs):
         raise argparse.ArgumentTypeError(f"expected layer:head, as in 3:5,7:1, found {text!r}")
     return [(int(layer), int(head)) for layer, _, head in pairs]
+
+
+def _print_values(values: dict[str, Any], as_json: bool) -> None:
+    """Names and values, one a line, or as one JSON document."""
+    _print(json.dumps(values, indent=1) if as_json else "\n".join(f"{name}: {value}" for name, value in values.items()))
 
 
 def _print(document: str) -> None:

@@ -17,11 +17,13 @@ from kd.prompts import PROMPTS
 
 Count = Annotated[int, Field(gt=0)]
 Gib = Annotated[float, Field(ge=0)]  # units of 2^30 bytes
+Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # becomes a folder or stage name
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Protocol = Literal["published", "aligned"]
+Quirk = Literal["teacher-order", "label-shift", "bos", "prompt-offset"]
 
 
 class Params(BaseModel):
@@ -137,10 +139,12 @@ class Distill(Params):
 
     `batch_rows` examples make one update. `step` picks how it is computed: `eager`, the reference, on any device;
     `graph`, CUDA graphs; `auto`, graphs where there is a GPU and the student is a Llama. `jsd_beta` is the teacher's
-    share of the mixture in `divergence: jsd`.
+    share of the mixture in `divergence: jsd`. `quirks` switches single ones of the published protocol on in `aligned`
+    (docs/protocol.md); a fifth, the cosine's period of one epoch, is `cosine_steps`.
     """
 
     protocol: Protocol
+    quirks: list[Quirk] = []
     temperature: float = Field(gt=0)
     alpha: Probability
     divergence: Literal["reverse-kl", "forward-kl", "jsd"] = "reverse-kl"
@@ -156,19 +160,29 @@ class Distill(Params):
     cosine_steps: Count
     lora: Lora
 
+    @model_validator(mode="after")
+    def _quirks_are_alone(self) -> Distill:
+        if self.quirks and self.protocol == "published":
+            raise ValueError("quirks: `protocol: published` has all of them; empty the list, or choose `aligned`")
+        if len(set(self.quirks)) < len(self.quirks):
+            raise ValueError("quirks: a quirk stands twice; name each once")
+        return self
+
 
 class Search(Params):
-    """The search over alpha and T: trials in all, ranges (low, high), and the training rows kept for judging."""
+    """The search over alpha and T, and over the learning rate where it has a range: trials in all, ranges [low, high]
+    (the learning rate's by its logarithm), and the training rows kept for judging."""
 
     trials: Count
     alpha: list[Probability] = Field(min_length=2, max_length=2)
-    temperature: list[Annotated[float, Field(gt=0)]] = Field(min_length=2, max_length=2)
+    temperature: list[Positive] = Field(min_length=2, max_length=2)
+    learning_rate: list[Positive] | None = Field(default=None, min_length=2, max_length=2)
     eval_rows: Count
 
     @model_validator(mode="after")
     def _ordered(self) -> Search:
-        for name in ("alpha", "temperature"):
-            low, high = getattr(self, name)
+        for name in ("alpha", "temperature", "learning_rate"):
+            low, high = getattr(self, name) or (0, 0)
             if low > high:
                 raise ValueError(f"{name}: expected [low, high], found [{low}, {high}]")
         return self

@@ -13,16 +13,18 @@ Protocol `published` (<experiment>/distill.ipynb), each choice as the original m
 
 Protocol `aligned`: the student reads BOS + question + line end + answer; the rows before each answer token meet that
 token and the teacher's row before the same token. The line end counts as the answer's first token. No end-of-sequence
-token is added: every row counted predicts a token that teacher and student both read.
+token is added: every row counted predicts a token that teacher and student both read. Its `quirks` put single choices
+of the published protocol back: `teacher-order` and `label-shift` here, `bos` and `prompt-offset` in the rows captured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kd import models
-from kd.config import Protocol
+from kd.config import Protocol, Quirk
 from kd.dataset import Example
 from kd.errors import UserError
 from kd.teacher.capture import answer_token_ids
@@ -64,16 +66,20 @@ def match_examples(
     tokenizer: Any,
     max_tokens: int,
     stored: list[Reading] | None,
+    quirks: Sequence[Quirk] = (),
 ) -> Matches:
     """The training examples in order, matched with the teacher's `stored` ones (None trains on labels alone).
 
     Under `published` an example that overlaps with nothing is an error, because leaving it out would change which
     teacher rows the others meet.
     """
-    pair = {"published": _published, "aligned": _aligned}[protocol]
+    as_text = protocol == "published" or "teacher-order" in quirks
     matches, cut = [], []
-    for example, teacher in zip(examples, _teachers(protocol, examples, stored), strict=True):
-        match, was_cut = pair(example, teacher, tokenizer, max_tokens)
+    for example, teacher in zip(examples, _teachers(as_text, examples, stored), strict=True):
+        if protocol == "published":
+            match, was_cut = _published(example, teacher, tokenizer, max_tokens)
+        else:
+            match, was_cut = _aligned(example, teacher, tokenizer, max_tokens, "label-shift" in quirks)
         matches.append(match)
         cut += [example.id] if was_cut else []
     skipped = [match.example_id for match in matches if not match.labels]
@@ -95,12 +101,12 @@ def published_teacher_order(ids: list[str]) -> list[str]:
     return [ids[i] for i in as_text]
 
 
-def _teachers(protocol: Protocol, examples: list[Example], stored: list[Reading] | None) -> list[Reading] | list[None]:
-    """The stored example that each example meets: in the original's order, or the one with its own id."""
+def _teachers(as_text: bool, examples: list[Example], stored: list[Reading] | None) -> list[Reading] | list[None]:
+    """The stored example that each example meets: in the original's order, `as_text`, or the one with its own id."""
     if stored is None:
         return [None] * len(examples)
     by_id = {teacher.example_id: teacher for teacher in stored}
-    if protocol == "published":
+    if as_text:
         return [by_id[i] for i in published_teacher_order(list(by_id))]
     return [by_id[example.id] for example in examples]
 
@@ -113,22 +119,25 @@ def _published(example: Example, teacher: Reading | None, tokenizer: Any, max_to
     return match, max(len(question), len(answer)) > max_tokens
 
 
-def _aligned(example: Example, teacher: Reading | None, tokenizer: Any, max_tokens: int) -> tuple[Match, bool]:
+def _aligned(
+    example: Example, teacher: Reading | None, tokenizer: Any, max_tokens: int, unshifted: bool
+) -> tuple[Match, bool]:
     question = student_token_ids(tokenizer, example.question)
     answer = answer_token_ids(tokenizer, example)
-    if teacher:
-        start, stop = teacher.span
-        read = teacher.token_ids[start + 1 : stop + 1]
+    if teacher and teacher.example_id == example.id:  # else the order is the original's, and nothing is to agree
+        read = teacher.token_ids[-len(answer) :]
         if read != answer:
             raise UserError(
                 f"{example.id}: teacher and student read other tokens as the answer (teacher {read[:8]} …, student "
                 f"{answer[:8]} …); capture the prompt again with the student's tokenizer"
             )
-    labels = answer[: max(0, max_tokens - len(question))]
-    match = Match(
-        example.id, (question + answer)[:max_tokens], len(question) - 1, labels, teacher.example_id if teacher else None
-    )
-    return match, len(labels) < len(answer)
+    room = max(0, max_tokens - len(question))
+    rows = min(len(answer), room, _rows(teacher) if teacher else room)
+    tokens, first = question + answer, len(question) - 1
+    # Row i predicts token i + 1; unshifted, it meets the token it has just read.
+    labels = tokens[first : first + rows] if unshifted else answer[:rows]
+    match = Match(example.id, tokens[:max_tokens], first, labels, teacher.example_id if teacher else None)
+    return match, room < len(answer)
 
 
 def _rows(teacher: Reading) -> int:

@@ -1,4 +1,5 @@
-"""Bayesian search over alpha and T, as the original's: Optuna, 35 trials, judged by cross entropy after training.
+"""Bayesian search over alpha and T, as the original's: Optuna, 35 trials, judged by cross entropy after training. It
+searches the learning rate as well where `search.learning_rate` gives it a range.
 
 The original judged its trials on the test split, and so chose alpha and T with the data it reported on. Here the last
 `search.eval_rows` training rows are left out of training and judge; `on_test` repeats the original's choice.
@@ -13,8 +14,10 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from kd import models
-from kd.config import Config
+from kd.config import Config, Search
 from kd.dataset import read_examples
 from kd.distill.alignment import Match, match_examples
 from kd.distill.step import make_step
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     import optuna
 
 STUDY = "study.db"
+SEEDS_APART = 1_000_000  # more trials than a study has
 HEARTBEAT_S = 60  # a trial whose process has not been heard of for twice this is given to another
 
 
@@ -53,13 +57,13 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
     )
 
     def objective(trial: optuna.Trial) -> float:
-        alpha = trial.suggest_float("alpha", *config.search.alpha)
-        temperature = trial.suggest_float("temperature", *config.search.temperature)
-        settings = config.distill.model_copy(update={"alpha": alpha, "temperature": temperature})
+        # A sampler of its own for each trial: whoever runs it, it draws the same values after the same trials.
+        study.sampler = optuna.samplers.TPESampler(seed=config.seed * SEEDS_APART + trial.number)
+        settings = config.distill.model_copy(update=_suggested(trial, config.search))
         student = fresh_student(config, experiment, lesson)
         records = descend(make_step(student, lesson.head, settings), training, lesson.states, settings)
         deque(progress(records, f"trial {trial.number}", "step"), maxlen=0)
-        loss = float(evaluate(student, judges, None, None, settings).cross_entropy)
+        loss = float(evaluate(student.get_base_model(), judges, None, None, settings).cross_entropy)
         if not math.isfinite(loss):
             raise optuna.TrialPruned("training diverged")
         return loss
@@ -71,10 +75,18 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
     if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
         raise UserError(f"{experiment}: training diverged in every trial; lower `distill.learning_rate`")
     best = {**study.best_params, "cross_entropy": study.best_value, "trials": len(study.get_trials(states=states))}
-    with whole_folder(folder / "result") as work:
+    with FileLock(folder / "result.lock"), whole_folder(folder / "result") as work:  # processes end together
         write_json(work / "best.json", best)
         _plots(study, work)
     return best
+
+
+def _suggested(trial: optuna.Trial, ranges: Search) -> dict[str, float]:
+    """The values that a trial tries, by their keys under `distill`."""
+    tried = {name: trial.suggest_float(name, *getattr(ranges, name)) for name in ("alpha", "temperature")}
+    if ranges.learning_rate:
+        tried["learning_rate"] = trial.suggest_float("learning_rate", *ranges.learning_rate, log=True)
+    return tried
 
 
 def _split(config: Config, experiment: str, on_test: bool) -> tuple[Lesson, list[Match], list[Match]]:

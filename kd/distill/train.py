@@ -78,7 +78,7 @@ def train(config: Config, experiment: str) -> None:
             for record in bar:
                 log(record)
                 bar.set_postfix_str(f"loss {record.loss:.3f}", refresh=False)
-        loss = evaluate(student, lesson.check, None, None, config.distill).cross_entropy
+        loss = evaluate(student.get_base_model(), lesson.check, None, None, config.distill).cross_entropy
         write_json(work / CHECK, {"check_loss": float(loss), "rows": len(lesson.check)})
         save_adapter(student, config, experiment, lesson.matches, work)
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -92,7 +92,7 @@ def prepare_lesson(config: Config, experiment: str) -> Lesson:
     tokenizer = models.load_tokenizer(models.model_folder(config.student.model))
     store = open_checked(config, adapter.prompt, tokenizer, examples) if adapter.prompt else None
     stored = [example.reading for example in store.manifest.examples] if store else None
-    matches = match_examples(settings.protocol, examples, tokenizer, settings.max_tokens, stored)
+    matches = match_examples(settings.protocol, examples, tokenizer, settings.max_tokens, stored, settings.quirks)
     check = match_examples("published", tests, tokenizer, settings.max_tokens, None)
     return Lesson(matches, store, check.kept)
 
@@ -104,7 +104,7 @@ def fresh_student(config: Config, experiment: str, lesson: Lesson) -> Any:
     base = models.load_model(models.model_folder(config.student.model), config.student.dtype, device)
     if lesson.store:
         _check_vocabulary(base, lesson.store)
-    return add_lora(base, config, config.adapters[experiment].dropout)
+    return add_lora(base, config, config.adapters[experiment].dropout).train()
 
 
 def make_deterministic(seed: int) -> None:
@@ -179,27 +179,28 @@ def descend(
             yield _record(number - len(launched) + 1, states is not None, *launched.popleft())
 
 
-def evaluate(student: Any, matches: list[Match], states: States | None, head: Head | None, settings: Distill) -> Loss:
-    """The objective of a student over examples, without dropout: the mean of the examples' means."""
+def evaluate(model: Any, matches: list[Match], states: States | None, head: Head | None, settings: Distill) -> Loss:
+    """The objective of a causal language model (a student's `get_base_model()`) over examples, without dropout: the
+    mean of the examples' means."""
     rows = 16
-    training = student.training
-    student.eval()
-    total = torch.zeros(3, device=student.device)
+    training = model.training
+    model.eval()
+    total = torch.zeros(3, device=model.device)
     with torch.inference_mode():
         for start in range(0, len(matches), rows):
-            batch = make_batch(matches[start : start + rows], states).map(lambda tensor: tensor.to(student.device))
-            hidden = student.get_base_model().model(batch.input_ids, use_cache=False).last_hidden_state
+            batch = make_batch(matches[start : start + rows], states).map(lambda tensor: tensor.to(model.device))
+            hidden = model.model(batch.input_ids, use_cache=False).last_hidden_state
             teacher = Teacher(head, batch.states) if head and batch.states is not None else None
             loss = distillation_loss(
                 hidden.flatten(0, 1)[batch.rows],
-                student.get_base_model().lm_head.weight,
+                model.lm_head.weight,
                 batch.labels,
                 batch.weights,
                 teacher,
                 settings,
             )
             total += torch.stack(loss) * len(batch.input_ids)
-    student.train(training)
+    model.train(training)
     return Loss(*(total / len(matches)))
 
 
@@ -258,10 +259,10 @@ def _loss_curve(folder: Path, curve: list[Record]) -> Iterator[Any]:
     with Live(str(folder), save_dvc_exp=False, dvcyaml=None, monitor_system=False) as live:
 
         def log(record: Record) -> None:
+            live.step = record.step - 1  # dvclive's own `next_step` reads all earlier steps again each time
             for name in ("loss", "cross_entropy", "divergence", "learning_rate"):
                 if (value := getattr(record, name)) is not None:
                     live.log_metric(name, value)
-            live.next_step()
 
         for record in curve:
             log(record)
@@ -296,6 +297,7 @@ def _card(config: Config, experiment: str, matches: Matches) -> str:
     base = models.model_name(config.student.model)
     source = f"teacher store `{adapter.needs}`" if adapter.prompt else "labels alone (no teacher)"
     prompt = f"- prompt of its teacher: {PROMPTS[adapter.prompt].strip() or 'none'}\n" if adapter.prompt else ""
+    quirks = f" but for {', '.join(settings.quirks)}" if settings.quirks else ""
     llama = "\nBuilt with Llama.\n" if "llama-3" in base.lower() else ""
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     return f"""---
@@ -308,7 +310,7 @@ A LoRA adapter of {base}, trained by `kd train {experiment}` (profile {config.pr
 {llama}
 - learns from: {source}
 {prompt}- data: {data.train_rows} rows, {data.source}, {data.answers} answers; {_counts(matches)}
-- protocol: {settings.protocol}, {settings.divergence}, T {settings.temperature}, alpha {settings.alpha}, \
+- protocol: {settings.protocol}{quirks}, {settings.divergence}, T {settings.temperature}, alpha {settings.alpha}, \
 {settings.epochs} epochs, {settings.batch_rows} examples an update
 - seed: {config.seed}
 - versions: {versions}

@@ -3,7 +3,8 @@
 Protocol `published` (llama-3.1-405b-6bpw/inference_gsm8k*.ipynb): prompt + question as plain text, no BOS, no chat
 template, one forward per question, every position kept.
 
-Protocol `aligned`: BOS + prompt + question, then the answer; of its rows those are kept that predict the answer.
+Protocol `aligned`: BOS + prompt + question, then the answer; of its rows those are kept that predict the answer. Its
+quirks `bos` and `prompt-offset` keep the rows that a student finds who takes the teacher's positions for its own.
 
 The work is cut into shards of a fixed number of questions. A killed run goes on at its first missing shard, several
 processes do a part of the shards each, and either way the finished store has the same bytes.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from math import ceil
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd import models
-from kd.config import Config, Protocol
+from kd.config import Config, Distill, Protocol, Quirk
 from kd.dataset import Example, read_examples
 from kd.distributed import take_gpus, this_process, wait_for_others
 from kd.errors import UserError, WorkFailedError
@@ -60,7 +61,7 @@ def capture(config: Config, prompt: str) -> None:
         return
     wanted = readings(config, prompt, tokenizer, examples)
     model = backends.identity(config.teacher)
-    about = (model, prompt_record(prompt), tokenization(tokenizer, config.distill.protocol))
+    about = (model, prompt_record(prompt), tokenization(tokenizer, config.distill))
     key = _key([*(record.model_dump() for record in about), head_sha256, config.teacher.batch_rows], wanted)
     work = unfinished_folder(target, key)
     writer = StoreWriter(work, *about, batch_rows=config.teacher.batch_rows)
@@ -78,19 +79,29 @@ def capture(config: Config, prompt: str) -> None:
 
 def readings(config: Config, prompt: str, tokenizer: Any, examples: list[Example]) -> list[Reading]:
     """What the teacher reads for each example."""
-    return [teacher_reading(tokenizer, config.distill.protocol, prompt, example) for example in examples]
+    settings = config.distill
+    return [teacher_reading(tokenizer, settings.protocol, prompt, example, settings.quirks) for example in examples]
 
 
-def teacher_reading(tokenizer: Any, protocol: Protocol, prompt: str, example: Example) -> Reading:
+def teacher_reading(
+    tokenizer: Any, protocol: Protocol, prompt: str, example: Example, quirks: Sequence[Quirk] = ()
+) -> Reading:
     """What the teacher reads for one example, as tokens, and which of its rows are kept.
 
-    Row i is the distribution of token i + 1, so under `aligned` the rows kept are those before each answer token.
+    Row i is the distribution of token i + 1, so under `aligned` the rows kept are those before each answer token: as
+    many as there are answer tokens, also where a quirk takes others.
     """
-    question = models.encode(tokenizer, primed(prompt, example.question), bos=protocol == "aligned")
+    bos = _has_bos(protocol, quirks)
+    question = models.encode(tokenizer, primed(prompt, example.question), bos=bos)
     if protocol == "published":
         return Reading(example.id, question, (0, len(question)))
     answer = answer_token_ids(tokenizer, example)
-    return Reading(example.id, question + answer, (len(question) - 1, len(question) + len(answer) - 1))
+    first = len(question) - 1
+    if "bos" in quirks:  # counted as if BOS were there
+        first += 1
+    if "prompt-offset" in quirks:  # counted as if the prompt were not
+        first -= len(question) - len(models.encode(tokenizer, example.question, bos=bos))
+    return Reading(example.id, question + answer, (first, first + len(answer)))
 
 
 def answer_token_ids(tokenizer: Any, example: Example) -> list[int]:
@@ -103,11 +114,10 @@ def open_checked(config: Config, prompt: str, tokenizer: Any, examples: list[Exa
     """The store of one prompt, refused unless every file of it is right and it is this teacher's for these examples
     as `tokenizer` reads them."""
     opened = store.TeacherStore(config.artifacts / "teacher" / prompt)
-    protocol = config.distill.protocol
     opened.check(
         backends.identity(config.teacher),
         prompt_record(prompt),
-        tokenization(tokenizer, protocol),
+        tokenization(tokenizer, config.distill),
         readings(config, prompt, tokenizer, examples),
     )
     opened.verify()
@@ -119,9 +129,11 @@ def prompt_record(prompt: str) -> store.Prompt:
     return store.Prompt(name=prompt, text=PROMPTS[prompt])
 
 
-def tokenization(tokenizer: Any, protocol: Protocol) -> store.Tokenization:
+def tokenization(tokenizer: Any, settings: Distill) -> store.Tokenization:
     """The tokenization as a store names it."""
-    return store.Tokenization(bos=protocol == "aligned", vocabulary_sha256=models.vocabulary_sha256(tokenizer))
+    return store.Tokenization(
+        bos=_has_bos(settings.protocol, settings.quirks), vocabulary_sha256=models.vocabulary_sha256(tokenizer)
+    )
 
 
 def missing(writer: StoreWriter, shards: range) -> list[int]:
@@ -156,6 +168,11 @@ def _capture_missing(config: Config, prompt: str, wanted: list[Reading], writer:
     with progress((), f"teacher, {prompt}", "question", sum(sizes.values())) as bar:
         bar.update(sum(sizes[number] for number in shards if number not in todo))
         fill(teacher, wanted, writer, todo, config.teacher.batch_rows, bar)
+
+
+def _has_bos(protocol: Protocol, quirks: Sequence[Quirk]) -> bool:
+    """Whether the teacher's texts start with BOS."""
+    return protocol == "aligned" and "bos" not in quirks
 
 
 def _group(wanted: list[Reading], number: int, size: int) -> list[Reading]:

@@ -47,9 +47,7 @@ def import_logits(config: Config, file: Path, folder: Path, prompt: str) -> None
     # The libraries that computed the file are not known.
     model = backends.identity(config.teacher).model_copy(update={"versions": {}})
     with whole_folder(folder) as work:
-        writer = StoreWriter(
-            work, model, prompt_record(prompt), tokenization(tokenizer, config.distill.protocol), kind="logits"
-        )
+        writer = StoreWriter(work, model, prompt_record(prompt), tokenization(tokenizer, config.distill), kind="logits")
         for number, reading in enumerate(progress(wanted, f"import {file.name}", "question"), start=1):
             logits = _logits(file, tensors, f"Question {number}", reading)
             writer.add(reading.example_id, reading.token_ids, logits, reading.span)

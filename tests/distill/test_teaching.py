@@ -58,7 +58,7 @@ def test_held_out_losses_fall_over_epochs_and_do_not_with_shuffled_rows() -> Non
         for epoch in range(EPOCHS + 1):
             if epoch:
                 list(descend(step, matches[:TRAINED], rows, SETTINGS))
-            loss = evaluate(student, matches[TRAINED:], states.__getitem__, teacher.head(), SETTINGS)
+            loss = evaluate(student.get_base_model(), matches[TRAINED:], states.__getitem__, teacher.head(), SETTINGS)
             seen.append((float(loss.cross_entropy), float(loss.divergence)))
         return seen
 
