@@ -1,0 +1,340 @@
+"""What the study runs: its conditions as params files, and its work as tasks, each a few commands in order."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from ruamel.yaml import YAML
+
+from kd.config import Config, Params, load_config
+from kd.errors import UserError
+from kd.files import whole_file, write_text
+
+HERE = Path(__file__).parent
+PARAMS = Path("params")
+TUNED_TEACHER = Path("artifacts/tuned-teacher")
+ALL_ROWS = 7473  # of GSM8K's training split
+SEARCH_PROCESSES = 4  # that share one study
+
+
+class Teacher(Params):
+    """A teacher: the students it has, the one whose values are searched, and what it changes in params."""
+
+    adapters: list[str]
+    search: str
+    params: dict[str, Any] = Field(default={})
+
+
+class Untrained(Params):
+    """Models that are only assessed."""
+
+    experiments: list[str]
+    params: dict[str, Any] = Field(default={})
+
+
+class Condition(Params):
+    """A way to train: what it changes in params, whether `kd search` sets alpha, T and learning rate, and which of the
+    teachers' students it trains (None: all)."""
+
+    params: dict[str, Any] = Field(default={})
+    searched: bool = False
+    adapters: list[str] | None = None
+
+
+class TunedTeacher(Params):
+    """How the tuned teacher is made."""
+
+    rows: list[int]
+    epochs: int
+    batch_rows: int
+    learning_rate: float
+    max_tokens: int
+
+
+class Study(Params):
+    """conditions.yaml."""
+
+    study: str
+    question: str
+    seeds: list[int]
+    teachers: dict[str, Teacher]
+    untrained: dict[str, Untrained]
+    conditions: dict[str, Condition]
+    reference: dict[str, dict[str, str]]
+    tuned_teacher: TunedTeacher
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that share one params file; `seed` is None where nothing is trained."""
+
+    condition: str
+    teacher: str
+    seed: int | None
+
+    @property
+    def profile(self) -> str:
+        """The arm's profile, whose results lie under artifacts/<profile>/."""
+        return f"{self.condition}-{self.teacher}" + ("" if self.seed is None else f"-s{self.seed}")
+
+    @property
+    def params(self) -> Path:
+        """Its params file."""
+        return PARAMS / f"{self.profile}.yaml"
+
+    def at(self, *parts: str) -> Path:
+        """A path among its results."""
+        return Path("artifacts", self.profile, *parts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student of an arm, assessed and measured."""
+
+    arm: Arm
+    experiment: str
+
+    @property
+    def record(self) -> Path:
+        """What `results.json` takes from it."""
+        return self.arm.at("runs", f"{self.experiment}.json")
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The `kd` commands that make it."""
+        stages = ("assess", "measure") if self.arm.seed is None else ("train", "assess", "measure")
+        return [[stage, self.experiment, "--params", str(self.arm.params)] for stage in stages]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a task, done when `made` is there: `tune`, `record`, or one of `kd`, given without the `kd`."""
+
+    command: list[str]
+    made: Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """Steps in order, in a process of their own; `arm` is the one whose params file they read."""
+
+    name: str
+    steps: list[Step]
+    arm: Arm
+    needs: list[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(step.made.exists() for step in self.steps)
+
+
+class Plan:
+    """The study over one folder of GSM8K (None: from the Hub). All paths are relative to the working folder."""
+
+    def __init__(self, conditions: Path, gsm8k: Path | None) -> None:
+        self.study = _load(conditions)
+        self.conditions = conditions
+        self._base: dict[str, Any] = _yaml(conditions.with_name("params.yaml"))
+        self.gsm8k = gsm8k
+
+    def runs(self) -> list[Run]:
+        """Every run, in the order of the tables."""
+        bare = [
+            Run(Arm("untrained", name, None), experiment)
+            for name, untrained in self.study.untrained.items()
+            for experiment in untrained.experiments
+        ]
+        return bare + [
+            Run(Arm(condition, teacher, seed), adapter)
+            for condition in self.study.conditions
+            for teacher in self.study.teachers
+            for adapter in self._adapters(condition, teacher)
+            for seed in self.study.seeds
+        ]
+
+    def tasks(self) -> list[Task]:
+        """All work, what others wait for first."""
+        return [*self._preparations(), *self._captures(), *self._searches(), *map(self._run_task, self.runs())]
+
+    def document(self, arm: Arm) -> dict[str, Any]:
+        """The params of an arm; a UserError while the search it needs is not over."""
+        document = copy.deepcopy(self._base)
+        if self.gsm8k:
+            rows = {key: document["dataset"][key] for key in ("answers", "train_rows", "test_rows")}
+            document["dataset"] = {"source": "folder", "path": str(self.gsm8k), **rows}
+        condition = self._condition(arm)
+        changes = {"profile": arm.profile, "seed": arm.seed or self.study.seeds[0]}
+        if arm.condition == "untrained":
+            changes |= self.study.untrained[arm.teacher].params
+        elif arm.condition == "rows":
+            changes["dataset.train_rows"] = ALL_ROWS
+        else:
+            changes |= self.study.teachers[arm.teacher].params | condition.params
+        for key, value in changes.items():
+            _set(document, key, value)
+        # An adapter whose prompt this teacher is not asked behind is no student of it.
+        stores = ["data", *(f"teacher/{prompt}" for prompt in document["prompts"])]
+        document["adapters"] = {n: a for n, a in document["adapters"].items() if a["needs"] in stores}
+        students = ["data", *(f"adapters/{name}" for name in document["adapters"])]
+        document["experiments"] = {n: e for n, e in document["experiments"].items() if e["needs"] in students}
+        if condition.searched:
+            document["distill"] |= self.searched(arm.teacher)
+        return document
+
+    def write_params(self, arm: Arm) -> Config:
+        """Write the arm's params file, and let it share data and teacher with the arms that have the same."""
+        text = StringIO()
+        YAML().dump(self.document(arm), text)
+        # Other tasks of the arm write and read the same file meanwhile.
+        with whole_file(arm.params, PARAMS / f".{arm.profile}-{os.getpid()}") as work:
+            write_text(work, text.getvalue())
+        if arm.condition not in ("rows", "data"):
+            _link(arm.at("data"), Arm("data", "self", None).at("data"))
+        capture = self._capture_arm(arm)
+        if capture and capture != arm:
+            _link(arm.at("teacher"), capture.at("teacher"))
+        return load_config(arm.params)
+
+    def searched(self, teacher: str) -> dict[str, float]:
+        """The values under `distill` that the search found for a teacher."""
+        best = self.best(teacher)
+        if not best.exists():
+            raise UserError(f"{best}: no such file; the search for the {teacher} teacher is not over")
+        found = json.loads(best.read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("alpha", "temperature", "learning_rate")}
+
+    def best(self, teacher: str) -> Path:
+        """Where the search for a teacher leaves what it found."""
+        return self._search_arm(teacher).at("search", self.study.teachers[teacher].search, "result", "best.json")
+
+    def start(self, teacher: str) -> Path:
+        """Where the untrained student's distance from a teacher is measured."""
+        return Arm("capture-aligned", teacher, None).at("measures", "no-distillation-matched.json")
+
+    def _adapters(self, condition: str, teacher: str) -> list[str]:
+        only = self.study.conditions[condition].adapters
+        return [name for name in self.study.teachers[teacher].adapters if only is None or name in only]
+
+    def _preparations(self) -> Iterator[Task]:
+        data, rows = Arm("data", "self", None), Arm("rows", "self", None)
+        for arm in (data, rows):
+            yield Task(arm.condition, [_kd(arm, arm.at("data"), "prepare")], arm)
+        yield Task("tuned-teacher", [Step(["tune"], TUNED_TEACHER)], rows, ["rows"])
+
+    def _captures(self) -> Iterator[Task]:
+        """Each teacher's rows once for every kind of reading; and how far the untrained student is from it."""
+        wanted: dict[Arm, set[str]] = {}
+        for run in self.runs():
+            capture = self._capture_arm(run.arm)
+            if capture:
+                wanted.setdefault(capture, set())
+                prompt = prompt_of(Config.model_validate(self.document(capture)), run.experiment)
+                wanted[capture] |= {prompt} if prompt else set()
+        for arm, prompts in wanted.items():
+            steps = [_kd(arm, arm.at("teacher", "head"), "head")]
+            steps += [_kd(arm, arm.at("teacher", prompt), "teacher", prompt) for prompt in sorted(prompts)]
+            if arm.condition == "capture-aligned":
+                steps.append(_kd(arm, self.start(arm.teacher), "measure", "no-distillation-matched"))
+            yield Task(arm.profile, steps, arm, ["data", *self._teacher_task(arm.teacher)])
+
+    def _searches(self) -> Iterator[Task]:
+        if not any(condition.searched for condition in self.study.conditions.values()):
+            return
+        for name, teacher in self.study.teachers.items():
+            arm = self._search_arm(name)
+            step = _kd(arm, self.best(name), "search", teacher.search)
+            for number in range(1, SEARCH_PROCESSES + 1):
+                yield Task(f"search-{name}-{number}", [step], arm, [f"capture-aligned-{name}"])
+
+    def _run_task(self, run: Run) -> Task:
+        arm = run.arm
+        made = {
+            "train": arm.at("adapters", run.experiment),
+            "assess": arm.at("logs", f"{run.experiment}.csv"),
+            "measure": arm.at("measures", f"{run.experiment}.json"),
+        }
+        steps = [Step(command, made[command[0]]) for command in run.commands]
+        needs = ["data", *self._teacher_task(arm.teacher)]
+        capture = self._capture_arm(arm)
+        if capture:
+            needs.append(capture.profile)
+        if self._condition(arm).searched:
+            needs += [f"search-{arm.teacher}-{number}" for number in range(1, SEARCH_PROCESSES + 1)]
+        record = Step(["record", run.experiment], run.record)
+        return Task(f"{arm.profile}/{run.experiment}", [*steps, record], arm, needs)
+
+    def _condition(self, arm: Arm) -> Condition:
+        """What the arm changes; a capture has it from the conditions that share it."""
+        conditions = self.study.conditions
+        if arm.condition in conditions:
+            return conditions[arm.condition]
+        if arm.condition.startswith("capture-"):
+            return next(c for name, c in conditions.items() if self._capture_arm(Arm(name, arm.teacher, None)) == arm)
+        return Condition()
+
+    def _teacher_task(self, teacher: str) -> list[str]:
+        return ["tuned-teacher"] if teacher == "tuned" else []
+
+    def _search_arm(self, teacher: str) -> Arm:
+        return Arm("search", teacher, None)
+
+    def _capture_arm(self, arm: Arm) -> Arm | None:
+        """The arm that captures this one's teacher; arms with the same teacher and reading share it."""
+        if arm.condition in ("untrained", "rows", "data"):
+            return None
+        if arm.condition.startswith("capture-"):
+            return arm
+        params = self._condition(arm).params
+        kind = params.get("distill.protocol", "aligned")
+        readings = [quirk for quirk in params.get("distill.quirks", []) if quirk in ("bos", "prompt-offset")]
+        return Arm("-".join(["capture", kind, *readings]), arm.teacher, None)
+
+
+def prompt_of(config: Config, experiment: str) -> str | None:
+    """The prompt whose teacher an experiment's student learns from, None for a student without a teacher."""
+    adapter = config.experiments[experiment].adapter
+    return config.adapters[adapter].prompt if adapter else None
+
+
+def _load(path: Path) -> Study:
+    try:
+        return Study.model_validate(_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from None
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a study's conditions.yaml and params.yaml lie in one folder") from None
+
+
+def _kd(arm: Arm, made: Path, *command: str) -> Step:
+    return Step([*command, "--params", str(arm.params)], made)
+
+
+def _set(document: dict[str, Any], key: str, value: Any) -> None:
+    *outer, last = key.split(".")
+    for name in outer:
+        document = document[name]
+    document[last] = value
+
+
+def _link(link: Path, target: Path) -> None:
+    """Let `link` stand for `target`, beside it under artifacts/."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # another task of the arm was here first
+        link.symlink_to(Path("..", target.parent.name, target.name))

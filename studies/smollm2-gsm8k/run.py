@@ -1,0 +1,285 @@
+"""The study's driver.
+
+    python studies/smollm2-gsm8k/run.py run [--gsm8k DIR] [--jobs N] [--minutes M]   does what is missing
+    python studies/smollm2-gsm8k/run.py results                                      results.json, README, logs
+
+Results lie in the work folder, whole or absent, so a go that was ended, by its time or by anything else, goes on with
+the same command. Every task is a process of its own that runs `kd` commands; what it says is in said/ there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kd.report.study import pack_right, read_study, summarise, with_tables
+from plan import HERE, Arm, Plan, Run, Task, prompt_of
+
+from kd.assess.extract import extract
+from kd.assess.score import is_correct, read_answered
+from kd.cli import main as kd
+from kd.config import Config
+from kd.errors import UserError, WorkFailedError
+from kd.files import read_json, sha256, whole_file, whole_folder, write_text, write_whole_file
+from kd.machine import read_driver, read_gpus
+from kd.progress import progress
+
+RULES = ("documented", "robust")
+SAID = Path("said")
+MACHINE = Path("artifacts/machine.json")
+RESULTS, README, LOGS = "results.json", "README.md", "logs"
+PACKAGES = ("torch", "transformers", "peft", "optuna", "numpy")
+POLL_S = 0.2
+# TensorFloat-32 products: bfloat16's speed at float32's range. torch reads it when it is imported.
+ENVIRONMENT = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def main() -> int:
+    """Run one command; the return value is the process's exit status."""
+    options = _parser().parse_args()
+    conditions, gsm8k = options.conditions.resolve(), options.gsm8k and options.gsm8k.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
+    os.chdir(options.work)
+    try:
+        plan = Plan(conditions, gsm8k)
+        match options.command:
+            case "run":
+                return run(plan, options.jobs, options.minutes)
+            case "task":
+                return do(plan, _task(plan, options.name))
+            case "results":
+                results(plan, conditions.parent)
+    except UserError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    except (WorkFailedError, OSError) as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(plan: Plan, jobs: int, minutes: float | None) -> int:
+    """Run tasks, `jobs` at a time, until all are done or the minutes are over; returns the exit status."""
+    tasks = {task.name: task for task in plan.tasks()}
+    done = {name for name, task in tasks.items() if task.done}
+    failed: set[str] = set()
+    running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}  # by slot
+    write_whole_file(MACHINE, json.dumps(_machine(), indent=1) + "\n")
+    gpus, deadline = _visible_gpus(), time.monotonic() + 60 * (minutes or float("inf"))
+    with progress((), "study", "task", len(tasks)) as bar, _ended_with_us(running):
+        bar.update(len(done))
+        while time.monotonic() < deadline:
+            begun = done | failed | {name for name, _ in running.values()}
+            ready = [task for name, task in tasks.items() if name not in begun and done.issuperset(task.needs)]
+            free = [slot for slot in range(jobs) if slot not in running]
+            for slot, task in zip(free, ready, strict=False):
+                running[slot] = task.name, _start(plan, task, gpus[slot % len(gpus)] if gpus else None)
+            if not running:
+                break
+            time.sleep(POLL_S)
+            for slot, (name, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    (failed if process.returncode else done).add(name)
+                    bar.update()
+                    if process.returncode:
+                        bar.write(f"{name} failed: {_last_words(name)}", file=sys.stderr)
+    if len(done) < len(tasks):
+        print(f"run.py: {len(done)} of {len(tasks)} tasks are done; the same command goes on", file=sys.stderr)
+    return int(len(done) < len(tasks))
+
+
+def do(plan: Plan, task: Task) -> int:
+    """Do what is missing of one task, in this process; returns the exit status."""
+    config = plan.write_params(task.arm)
+    for step in task.steps:
+        if step.made.exists():
+            continue
+        match step.command:
+            case ["record", experiment]:
+                write_whole_file(step.made, json.dumps(record(config, Run(task.arm, experiment)), indent=1) + "\n")
+            case ["tune"]:
+                from teacher import tune
+
+                tune(config, plan.study.tuned_teacher)
+            case command:
+                print("$ kd", *command, file=sys.stderr)
+                if status := kd(command):
+                    return status
+    return 0
+
+
+def _task(plan: Plan, name: str) -> Task:
+    found = [task for task in plan.tasks() if task.name == name]
+    if not found:
+        raise UserError(f"{name}: no such task; one of {', '.join(task.name for task in plan.tasks())}")
+    return found[0]
+
+
+def record(config: Config, run: Run) -> dict[str, Any]:
+    """What `results.json` has of one run."""
+    arm, experiment = run.arm, run.experiment
+    answered = read_answered(config, experiment)
+    adapter = arm.at("adapters", experiment)
+    measured = read_json(arm.at("measures", f"{experiment}.json"), "a run's measures")
+    prompt = prompt_of(config, experiment)
+    return {
+        "condition": arm.condition,
+        "experiment": experiment,
+        "seed": arm.seed,
+        "teacher": arm.teacher,
+        "prompt": prompt,
+        "command": " && ".join(" ".join(["kd", *command]) for command in run.commands),
+        "rules": {rules: _scored(answered, rules) for rules in RULES},
+        "answer_loss": measured["answer_loss"],
+        "divergence": measured["divergence"].get(prompt or config.prompts[0]),
+        "check_loss": read_json(adapter / "check.json", "a check loss")["check_loss"] if adapter.exists() else None,
+        "mean_tokens": sum(row.tokens for row in answered) / len(answered),
+        "at_limit": sum(row.reached_limit for row in answered),
+        "files": {
+            "log": sha256(arm.at("logs", f"{experiment}.csv")),
+            "adapter": sha256(adapter / "adapter_model.safetensors") if adapter.exists() else None,
+        },
+    }
+
+
+def results(plan: Plan, folder: Path) -> None:
+    """Write results.json and the README's tables from the runs there are, and compress their logs for DVC."""
+    runs = [run for run in plan.runs() if run.record.exists()]
+    missing = len(plan.runs()) - len(runs)
+    if not runs:
+        raise UserError(f"{Path.cwd()}: no run is done; `run.py run` makes them")
+    if missing:
+        print(f"run.py: {missing} of {len(plan.runs())} runs are missing", file=sys.stderr)
+    records = [read_json(run.record, "a run") for run in runs]
+    machine = read_json(MACHINE, "the machine that ran the study")
+    document = {
+        "study": plan.study.study,
+        "question": plan.study.question,
+        "rows": {"train": _count("train"), "test": _count("test")},
+        **machine,
+        "settings": {arm.profile: _settings(plan, arm) for arm in dict.fromkeys(run.arm for run in runs)},
+        "search": {
+            name: read_json(plan.best(name), "a search") for name in plan.study.teachers if plan.best(name).exists()
+        },
+        "starts": {name: read_json(plan.start(name), "a measure")["divergence"] for name in plan.study.teachers},
+        "tuned_teacher": plan.study.tuned_teacher.model_dump(),
+        "reference": plan.study.reference,
+        "runs": records,
+        "summary": summarise(records),
+    }
+    _write(folder / RESULTS, json.dumps(document, indent=1) + "\n")
+    readme = folder / README
+    if readme.exists():
+        _write(readme, with_tables(readme.read_text(encoding="utf-8"), read_study(folder / RESULTS)))
+    with whole_folder(folder / LOGS, folder / f".{LOGS}.part") as logs:
+        for run in progress(runs, "compress", "log"):
+            log = run.arm.at("logs", f"{run.experiment}.csv").read_bytes()
+            (logs / f"{run.arm.profile}-{run.experiment}.csv.xz").write_bytes(lzma.compress(log, preset=9))
+
+
+def _scored(answered: list[Any], rules: str) -> dict[str, Any]:
+    found = list(extract((row.response for row in answered), rules))
+    right = [is_correct(one.answer, row.answer) for one, row in zip(found, answered, strict=True)]
+    return {"correct": sum(right), "undecided": sum(one.answer is None for one in found), "right": pack_right(right)}
+
+
+def _settings(plan: Plan, arm: Arm) -> dict[str, Any]:
+    document = plan.document(arm)
+    return {key: document[key] for key in ("seed", "dataset", "teacher", "student", "distill", "assess")}
+
+
+def _count(split: str) -> int:
+    with Arm("data", "self", None).at("data", f"{split}.jsonl").open(encoding="utf-8") as file:
+        return sum(1 for _ in file)
+
+
+def _start(plan: Plan, task: Task, gpu: str | None) -> subprocess.Popen[bytes]:
+    """Run a task in a process of its own, on one GPU, its output kept in said/."""
+    said = SAID / f"{task.name.replace('/', '-')}.log"
+    said.parent.mkdir(exist_ok=True)
+    environment = os.environ | ENVIRONMENT | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+    with said.open("ab") as file:
+        where = [
+            "--conditions",
+            str(plan.conditions),
+            *(["--gsm8k", str(plan.gsm8k)] if plan.gsm8k else []),
+            "--work",
+            ".",
+        ]
+        command = [sys.executable, str(HERE / "run.py"), "task", task.name, *where]
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+@contextmanager
+def _ended_with_us(running: dict[int, tuple[str, subprocess.Popen[bytes]]]) -> Iterator[None]:
+    """Whatever ends the block, nothing is left running; what was unfinished goes on next time."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for _, process in running.values():
+            os.killpg(process.pid, signal.SIGTERM)
+        for _, process in running.values():
+            process.wait()
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path, path.with_name(f".{path.name}.part")) as work:
+        write_text(work, text)
+
+
+def _last_words(name: str) -> str:
+    lines = (SAID / f"{name.replace('/', '-')}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def _machine() -> dict[str, Any]:
+    """What this machine is, as results.json names it."""
+    gpus = [gpu.name for gpu in read_gpus()]
+    hardware = {"gpus": gpus, "driver": read_driver() if gpus else None, "cores": len(os.sched_getaffinity(0))}
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    return {"hardware": hardware, "versions": versions}
+
+
+def _visible_gpus() -> list[str]:
+    """The GPUs that tasks are spread over, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(len(read_gpus()))]
+
+
+def _parser() -> argparse.ArgumentParser:
+    cores = len(os.sched_getaffinity(0))
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--conditions", type=Path, default=HERE / "conditions.yaml", help="the study (beside this file)"
+    )
+    shared.add_argument("--work", type=Path, default=HERE / "work", help="where results lie (work/ beside this file)")
+    shared.add_argument("--gsm8k", type=Path, help="a folder of GSM8K's own JSON lines, instead of the Hub")
+    root = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    begin = commands.add_parser("run", parents=[shared], help="do what is missing, several tasks at a time")
+    begin.add_argument("--jobs", type=int, default=cores, help=f"tasks at a time, spread over the GPUs ({cores})")
+    begin.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
+    one = commands.add_parser("task", parents=[shared], help="do one task, in this process")
+    one.add_argument("name", help="as the progress bar and said/ name it, such as aligned-self-s1/base-kd")
+    commands.add_parser("results", parents=[shared], help="write results.json, the README's tables, and logs/ for DVC")
+    return root
+
+
+if __name__ == "__main__":
+    sys.exit(main())
