@@ -237,7 +237,7 @@ def _difference(first: Right, second: Right, seed: int) -> dict[str, Any]:
     differences, runs = paired_differences(first, second)
     low, high = bootstrap_interval(*np.unique(differences, return_counts=True), np.random.default_rng(seed))
     return {
-        "difference": float(differences.mean()) / runs,
+        "difference": int(differences.sum()) / (runs * len(differences)),
         "interval": [low / runs, high / runs],
         "p": sign_flip_test(differences),
     }
@@ -360,7 +360,7 @@ def study_tables(results: Mapping[str, Any]) -> list[Table]:
         Table("priming", f"Primed teachers: {in_condition}", _pair_rows(summary, "priming in")),
         Table("training", f"Trained against bare: {in_condition}", _pair_rows(summary, "training in")),
         Table("teachers", f"Teachers: {in_condition}", _pair_rows(summary, "teachers in")),
-        Table("conditions", f"Conditions: {tested.format('two conditions')}", _pair_rows(summary, " against ")),
+        Table("conditions", f"Conditions: {tested.format('a pair of conditions')}", _pair_rows(summary, " against ")),
         Table("quirks", quirks, _quirk_rows(summary)),
     ]
 
