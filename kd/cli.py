@@ -38,6 +38,7 @@ Beside them:
   kd search teacher-kd       alpha and T by Bayesian search
   kd measure teacher-kd      how well it predicts the test answers, and how far it is from its teacher
   kd store inspect PATH      what a teacher store holds, every file verified
+  kd report --study FILE     the tables of a study, many runs over conditions and seeds, from its results.json
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
 """
@@ -93,9 +94,13 @@ def _add_configured(
         run(load_config(options.params), options)
 
     sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="the experiment (params.yaml)")
+    _add_params(sub)
     sub.set_defaults(run=with_config)
     return sub
+
+
+def _add_params(to: Any) -> None:
+    to.add_argument("--params", type=Path, default=Path("params.yaml"), help="the experiment (params.yaml)")
 
 
 def _add_stages(commands: Any) -> None:
@@ -127,6 +132,7 @@ def _add_stages(commands: Any) -> None:
     search.add_argument("--storage", metavar="URL", help="a database that several hosts share (an SQLite file)")
     search.add_argument("--on-test", action="store_true", help="judge on the test split, as the original did; unfair")
     search.add_argument("--json", action="store_true", help="print best.json")
+<<<<<<< HEAD
     measure = stage(
         "measure", _measure, "measure a student's loss on the test answers and its distance from its teacher"
     )
@@ -134,6 +140,9 @@ def _add_stages(commands: Any) -> None:
     measure.add_argument("--json", action="store_true", help="print one JSON document")
     report = stage("report", _report, "score every log, write the report and print the table")
     report.add_argument("--json", action="store_true", help="print results.json instead of the table")
+=======
+    _add_report(commands)
+>>>>>>> wip-study
     attention = stage("attention", _attention, "measure how each student attends and how sure it is of each next token")
     attention.add_argument(
         "--heads",
@@ -150,6 +159,22 @@ def _add_stages(commands: Any) -> None:
     sheet = review.add_mutually_exclusive_group()
     sheet.add_argument("--export", metavar="FILE", type=Path, help="write the undecided rows to a CSV file to fill in")
     sheet.add_argument("--import", metavar="FILE", type=Path, dest="sheet", help="take the answers of such a file")
+
+
+def _add_report(commands: Any) -> None:
+    text = "score every log, write the report and print the table"
+    sub = commands.add_parser(
+        "report",
+        help=text,
+        description=f"{text}. With --study nothing is scored or written: the tables of a study, many runs over "
+        "conditions and seeds, are printed from its results.json, which is checked first; it needs no params file, "
+        "models or GPU. docs/report.md describes the file and the statistics.",
+    )
+    source = sub.add_mutually_exclusive_group()
+    _add_params(source)
+    source.add_argument("--study", metavar="FILE", type=Path, help="a study's results.json, instead of an experiment")
+    sub.add_argument("--json", action="store_true", help="print results.json (of a study its summary), not the tables")
+    sub.set_defaults(run=_report)
 
 
 def _add_extract(commands: Any) -> None:
@@ -311,11 +336,18 @@ def _measure(config: Config, options: argparse.Namespace) -> None:
     _print_values(measure(config, options.experiment), options.json)
 
 
-def _report(config: Config, options: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> None:
+    if options.study:
+        from kd.report.study import read_study, text
+
+        study = read_study(options.study)
+        _print(json.dumps(study["summary"], indent=1) if options.json else text(study))
+        return
+    from kd.config import load_config
     from kd.report.run import report
     from kd.report.tables import table
 
-    results = report(config)
+    results = report(load_config(options.params))
     _print(json.dumps(results, indent=1) if options.json else table(results))
 
 

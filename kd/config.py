@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -23,7 +23,11 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # becomes a folde
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Protocol = Literal["published", "aligned"]
+<<<<<<< HEAD
 Quirk = Literal["teacher-order", "label-shift", "bos", "prompt-offset"]
+=======
+Document = TypeVar("Document", bound=BaseModel)
+>>>>>>> wip-study
 
 
 class Params(BaseModel):
@@ -300,11 +304,16 @@ def load_config(path: Path) -> Config:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a mapping of keys; `cp profiles/mini.yaml {path}` makes one")
+    return validated(Config, document, str(path), "profiles/mini.yaml")
+
+
+def validated(model: type[Document], document: dict[str, Any], where: str, example: str) -> Document:
+    """The document as `model`'s; every problem is a line of a UserError that says `where` and names an `example`."""
     try:
-        return Config.model_validate(document)
+        return model.model_validate(document)
     except ValidationError as error:
-        problems = [_explain(problem, document) for problem in error.errors()]
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
+        problems = [_explain(problem, document, example) for problem in error.errors()]
+        raise UserError("\n".join(f"{where}: {problem}" for problem in problems)) from None
 
 
 def choose(name: str, known: dict[str, Any] | list[str], what: str, key: str) -> None:
@@ -323,12 +332,12 @@ def _expected(name: str, known: list[str]) -> str:
     return f"expected one of {', '.join(known)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
-def _explain(problem: Any, document: Any) -> str:
+def _explain(problem: Any, document: Any, example: str) -> str:
     """One sentence for one of pydantic's problems: the key's path, what was expected, what was found."""
     key = _key_path(problem["loc"], document)
     if problem["type"] == "missing":
         key = f"{key}.{problem['loc'][-1]}".removeprefix(".")
-        return f"{key}: missing; profiles/mini.yaml shows what belongs there"
+        return f"{key}: missing; {example} shows what belongs there"
     if problem["type"] == "unknown_key":
         return f"{key}.{problem['ctx']['key']}: unknown key, {problem['ctx']['expected']}".removeprefix(".")
     if problem["type"] == "value_error":
@@ -336,7 +345,7 @@ def _explain(problem: Any, document: Any) -> str:
     if problem["type"] == "union_tag_invalid":
         return f"{key}.source: expected one of {problem['ctx']['expected_tags']}, found {problem['ctx']['tag']!r}"
     if problem["type"] == "union_tag_not_found":
-        return f"{key}.source: missing; profiles/mini.yaml shows what belongs there"
+        return f"{key}.source: missing; {example} shows what belongs there"
     return f"{key}: {problem['msg'].replace('Input should be', 'expected')}, found {problem['input']!r}"
 
 

@@ -1,4 +1,4 @@
-"""Statistics of the results table: intervals of each accuracy, and paired comparisons between experiments.
+"""Statistics of results: intervals of each accuracy, and paired comparisons between experiments.
 
 Textbook formulas over `scipy.special`: `scipy.stats` and statsmodels, which the tests compare with, take four seconds
 to import, a third of the whole audit.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import sqrt
+from math import lcm, log, sqrt
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 
@@ -35,8 +36,11 @@ class Comparison:
     p_holm: float
 
 
-def wilson_interval(correct: int, rows: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share, both ends between 0 and 1."""
+def wilson_interval(correct: float, rows: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share, both ends between 0 and 1.
+
+    `correct` may be a mean over seeds: the interval then tells of other questions, which more seeds do not add.
+    """
     from scipy.special import ndtri
 
     z, share = float(ndtri(0.975)), correct / rows
@@ -59,7 +63,7 @@ def compare_pairs(correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comp
             first,
             second,
             (counts[0] - counts[1]) / len(correct[first]),
-            bootstrap_interval(*counts, len(correct[first]), random),
+            _discordant_interval(*counts, len(correct[first]), random),
             *counts,
             p,
             p_holm,
@@ -75,6 +79,35 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
 
 
+def paired_differences(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
+    """How far apart two experiments are on each test row, over all their seeds: integers (rows,), and their unit.
+
+    `first` and `second` tell who was right, (seeds, rows), on the same rows. Where the numbers of seeds differ, each
+    side counts as often as makes them equal, so that one run compares with three seeds. The difference in mean
+    accuracy is the integers' mean divided by the unit.
+    """
+    runs = lcm(len(first), len(second))
+    totals = [side.sum(axis=0, dtype=np.int64) * (runs // len(side)) for side in (first, second)]
+    return totals[0] - totals[1], runs
+
+
+def sign_flip_test(differences: NDArray[np.int64]) -> float:
+    """The exact two-sided p-value of the sum of paired `differences` (rows,) where either sign is as likely.
+
+    The unit is the row: a row's seeds share its difference, so more seeds make no more rows. With differences of -1, 0
+    and 1, one run on each side, it is `mcnemar`.
+    """
+    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    shares = np.ones(1)  # of all ways to choose signs: entry s has a positive part of sum s
+    for size, count in zip(sizes, counts, strict=True):
+        positive = np.zeros(size * count + 1)
+        positive[::size] = _binomial(int(count))
+        shares = np.convolve(shares, positive)
+    total, observed = int(np.abs(differences).sum()), abs(int(differences.sum()))
+    # A sum of -observed or less is a positive part of at most half of what observed leaves of the total.
+    return min(1.0, 2 * float(shares[: (total - observed) // 2 + 1].sum()))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: p-values, in the same order, that hold for all tests at once."""
     p = np.asarray(p_values)
@@ -86,16 +119,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap_interval(
+    values: Sequence[int] | NDArray[np.int64], counts: Sequence[int] | NDArray[np.int64], random: np.random.Generator
+) -> tuple[float, float]:
+    """The 95 % percentile interval of a mean over test rows drawn with replacement.
+
+    `counts[i]` of the rows have `values[i]`. Such values are few, so drawing rows is drawing their counts from a
+    multinomial.
+    """
+    rows = int(np.sum(counts))
+    drawn = random.multinomial(rows, np.asarray(counts) / rows, size=RESAMPLES)
+    low, high = np.percentile(drawn @ np.asarray(values) / rows, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _discordant_interval(
     only_first: int, only_second: int, rows: int, random: np.random.Generator
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of the difference in accuracy, over test rows drawn with replacement.
+    """The bootstrap interval of a difference in accuracy, to which a row adds +1, -1 or 0."""
+    return bootstrap_interval([1, -1, 0], [only_first, only_second, rows - only_first - only_second], random)
 
-    A row adds +1, -1 or 0 to the difference, so drawing rows is drawing those three counts from a multinomial.
-    """
-    shares = np.array([only_first, only_second, rows - only_first - only_second]) / rows
-    drawn = random.multinomial(rows, shares, size=RESAMPLES)
-    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / rows, [2.5, 97.5])
-    return float(low), float(high)
+
+def _binomial(count: int) -> NDArray[np.float64]:
+    """The probabilities of 0 to `count` heads among as many fair coins."""
+    from scipy.special import gammaln
+
+    heads = np.arange(count + 1)
+    shares: NDArray[np.float64] = np.exp(
+        gammaln(count + 1) - gammaln(heads + 1) - gammaln(count - heads + 1) - count * log(2)
+    )
+    return shares
 
 
 def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:

@@ -68,22 +68,22 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [
         f"# Results: {results['profile']}\n",
         f"{setting(results)}\n",
-        _markdown_table(result_rows(results)),
+        markdown_table(result_rows(results)),
         _undecided(results),
         f"## Pairs\n\n{PAIRS_TITLE}.\n",
-        _markdown_table(pair_rows(results["comparisons"])),
+        markdown_table(pair_rows(results["comparisons"])),
     ]
     if results["check_losses"]:
         parts += [
             "## Check loss after training\n",
             "The original's own: mean cross entropy of answer token i at question position i, over the test rows.\n",
-            _markdown_table(check_rows(results["check_losses"])),
+            markdown_table(check_rows(results["check_losses"])),
         ]
     if results["prompts"]:
         parts += [
             "## The teacher behind each prompt\n",
             "Its largest next-token probability, on average over every fifth question's positions.\n",
-            _markdown_table(prompt_rows(results["prompts"])),
+            markdown_table(prompt_rows(results["prompts"])),
         ]
     return "\n".join(parts)
 
@@ -108,7 +108,8 @@ def pair_rows(comparisons: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as a Markdown table, the first as the header."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines) + "\n"
