@@ -132,17 +132,12 @@ def _add_stages(commands: Any) -> None:
     search.add_argument("--storage", metavar="URL", help="a database that several hosts share (an SQLite file)")
     search.add_argument("--on-test", action="store_true", help="judge on the test split, as the original did; unfair")
     search.add_argument("--json", action="store_true", help="print best.json")
-<<<<<<< HEAD
     measure = stage(
         "measure", _measure, "measure a student's loss on the test answers and its distance from its teacher"
     )
     measure.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as teacher-kd")
     measure.add_argument("--json", action="store_true", help="print one JSON document")
-    report = stage("report", _report, "score every log, write the report and print the table")
-    report.add_argument("--json", action="store_true", help="print results.json instead of the table")
-=======
     _add_report(commands)
->>>>>>> wip-study
     attention = stage("attention", _attention, "measure how each student attends and how sure it is of each next token")
     attention.add_argument(
         "--heads",

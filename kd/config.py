@@ -23,11 +23,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # becomes a folde
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Protocol = Literal["published", "aligned"]
-<<<<<<< HEAD
 Quirk = Literal["teacher-order", "label-shift", "bos", "prompt-offset"]
-=======
 Document = TypeVar("Document", bound=BaseModel)
->>>>>>> wip-study
 
 
 class Params(BaseModel):

@@ -27,9 +27,9 @@ def measure(config: Config, experiment: str) -> dict[str, Any]:
     """Measure one student as it is assessed and write artifacts/<profile>/measures/<experiment>.json; returns it.
 
     `answer_loss` is the cross entropy of the test rows' answers behind BOS + question + line end; `divergence`, by the
-    teacher's prompt, is `distill.divergence` from the teacher on the same tokens. Both are at T = 1, in nats a token, the
-    mean of the rows' means, and matched as `aligned` matches them, whatever the student was trained by. The prompt
-    is that of the student's own teacher; a student without one is measured against every prompt's.
+    teacher's prompt, is `distill.divergence` from the teacher on the same tokens. Both are at T = 1, in nats a token,
+    and the mean of the rows' means; rows are matched as `aligned` does it, whatever the student was trained by. The
+    prompt is that of the student's own teacher; a student without one is measured against every prompt's.
     """
     folder = models.model_folder(config.student.model)
     tests = read_examples(config.artifacts / "data" / "test.jsonl")
