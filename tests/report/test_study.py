@@ -39,7 +39,7 @@ RIGHT = {  # how many of the first questions each seed has right; seed 1 misses 
 def make_run(student: str, seed: int | None) -> dict[str, Any]:
     condition, experiment = student.split("/")
     right = [(seed or 0) <= question < RIGHT[student] for question in range(QUESTIONS)]
-    more = [is_right or question == QUESTIONS - 1 for question, is_right in enumerate(right)]
+    more = [is_right or (seed is not None and question == QUESTIONS - 1) for question, is_right in enumerate(right)]
     labels_only = seed is None or experiment == "fine-tuning"
     return {
         "condition": condition,
@@ -211,6 +211,13 @@ def test_quirks_stand_beside_the_spread_of_the_references_seeds(results: dict[st
     assert schedule["divergence"] == {"change": 0, "reference_spread": 0}
 
 
+def test_a_loss_that_one_seed_lacks_is_left_out(results: dict[str, Any]) -> None:
+    next(run for run in results["runs"] if run["condition"] == "quirk-bos")["divergence"] = None
+    summary = summarise(results)
+    assert [row["divergence"] for row in summary["rows"] if row["condition"] == "quirk-bos"] == [None]
+    assert [one["divergence"] is None for one in summary["quirks"]] == [True, False]
+
+
 def test_an_interval_does_not_depend_on_the_other_runs(results: dict[str, Any]) -> None:
     kept = family(results, "priming in aligned")
     results["runs"] = [run for run in results["runs"] if run["condition"] == "aligned"]
@@ -242,9 +249,11 @@ def test_the_tables_are_printed_without_params(
         "aligned ground-truth-kd 3 72.50% (57.2% to 83.9%) 70.00% to 75.00% 75.00% (59.8% to 85.8%) 72.50% to 77.50% "
         "0.7500 (0.5000 to 1.0000) 0.1250 (0.1250 to 0.1250) 10.0%"
     ) in lines
-    assert "untrained no-distillation-matched 1 20.00% (10.5% to 34.8%) 22.50% (12.3% to 37.5%) 0.5000 10.0%" in lines
+    assert "untrained no-distillation-matched 1 20.00% (10.5% to 34.8%) 20.00% (10.5% to 34.8%) 0.5000 10.0%" in lines
     primed = "published/teacher-kd published/base-kd"
     assert f"{primed} +0.00% +0.0% to +0.0% 1 1 +0.00% +0.0% to +0.0% 1 1" in lines
+    trained = next(line for line in lines if line.startswith("aligned/tuned-kd untrained/no-distillation-matched"))
+    assert [cell for cell in trained.split() if cell in ("+62.50%", "+65.00%")] == ["+62.50%", "+65.00%"]
     quirk = next(line for line in lines if line.startswith("quirk-bos/ground-truth-kd aligned/ground-truth-kd"))
     assert quirk.endswith("1 +1.0000 (spread 0.5000) +0.0000 (spread 0.0000)")
 
