@@ -66,6 +66,7 @@ class Study(Params):
     settings: dict[str, Any]
     search: dict[str, Any]
     commands: dict[str, str]
+    starting_divergence: dict[str, dict[str, FiniteFloat]]
     reference: References
     runs: list[dict[str, Any]] = Field(min_length=1)
     summary: dict[str, Any]
@@ -362,6 +363,15 @@ def study_tables(results: Mapping[str, Any]) -> list[Table]:
         Table("teachers", f"Teachers: {in_condition}", _pair_rows(summary, "teachers in")),
         Table("conditions", f"Conditions: {tested.format('a pair of conditions')}", _pair_rows(summary, " against ")),
         Table("quirks", quirks, _quirk_rows(summary)),
+        Table("start", "The bare student's divergence from each teacher", _start_rows(results["starting_divergence"])),
+    ]
+
+
+def _start_rows(divergences: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
+    header: tuple[str, ...] = ("Teacher", "Prompt", "Divergence")
+    return [
+        header,
+        *((teacher, p, f"{value:.4f}") for teacher, each in divergences.items() for p, value in each.items()),
     ]
 
 

@@ -24,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kd.report.study import pack_right, read_study, summarise, with_tables
 from plan import HERE, Arm, Plan, Run, Task, prompt_of
 
 from kd.assess.extract import extract
@@ -35,6 +34,7 @@ from kd.errors import UserError, WorkFailedError
 from kd.files import read_json, sha256, whole_file, whole_folder, write_text, write_whole_file
 from kd.machine import read_driver, read_gpus
 from kd.progress import progress
+from kd.report.study import pack_right, read_study, summarise, with_tables
 
 RULES = ("documented", "robust")
 SAID = Path("said")
@@ -42,6 +42,12 @@ MACHINE = Path("artifacts/machine.json")
 RESULTS, README, LOGS = "results.json", "README.md", "logs"
 PACKAGES = ("torch", "transformers", "peft", "optuna", "numpy")
 POLL_S = 0.2
+DRIVER = "python studies/smollm2-gsm8k/run.py"
+COMMANDS = {
+    "runs": f"{DRIVER} run",
+    "results": f"{DRIVER} results",
+    "tables": "kd report --study studies/smollm2-gsm8k/results.json",
+}
 # TensorFloat-32 products: bfloat16's speed at float32's range. torch reads it when it is imported.
 ENVIRONMENT = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -170,16 +176,19 @@ def results(plan: Plan, folder: Path) -> None:
         "question": plan.study.question,
         "rows": {"train": _count("train"), "test": _count("test")},
         **machine,
-        "settings": {arm.profile: _settings(plan, arm) for arm in dict.fromkeys(run.arm for run in runs)},
+        "settings": {"tuned_teacher": plan.study.tuned_teacher.model_dump()}
+        | {arm.profile: _settings(plan, arm) for arm in dict.fromkeys(run.arm for run in runs)},
         "search": {
             name: read_json(plan.best(name), "a search") for name in plan.study.teachers if plan.best(name).exists()
         },
-        "starts": {name: read_json(plan.start(name), "a measure")["divergence"] for name in plan.study.teachers},
-        "tuned_teacher": plan.study.tuned_teacher.model_dump(),
+        "commands": COMMANDS,
+        "starting_divergence": {
+            name: read_json(plan.start(name), "a measure")["divergence"] for name in plan.study.teachers
+        },
         "reference": plan.study.reference,
         "runs": records,
-        "summary": summarise(records),
     }
+    document["summary"] = summarise(document)
     _write(folder / RESULTS, json.dumps(document, indent=1) + "\n")
     readme = folder / README
     if readme.exists():

@@ -73,6 +73,7 @@ def written() -> dict[str, Any]:
         "settings": {"epochs": 1},
         "search": {},
         "commands": {"all": "python study.py"},
+        "starting_divergence": {"self": {"base": 0.0, "teacher": 0.25}},
         "reference": {"quirks": {"condition": "aligned", "experiment": "ground-truth-kd"}},
         "runs": [
             make_run(student, seed)
@@ -398,7 +399,7 @@ The end.
 def test_a_readme_takes_the_tables_and_keeps_the_rest(results: dict[str, Any]) -> None:
     filled = with_tables(README, results)
     tables = markdown_tables(results)
-    assert list(tables) == ["accuracy", "priming", "training", "teachers", "conditions", "quirks"]
+    assert list(tables) == ["accuracy", "priming", "training", "teachers", "conditions", "quirks", "start"]
     for name in ("priming", "accuracy"):
         assert f"<!-- table: {name} -->\n\n{tables[name]}\n<!-- end of table -->" in filled
     assert "an older table" not in filled
