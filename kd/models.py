@@ -94,9 +94,10 @@ def load_model(folder: Path, dtype: config.Dtype, device: str, attention: str | 
 
 
 def with_adapter(model: Any, adapter: Path, name: str = "default") -> Any:
-    """The model, or the `PeftModel` it is already, with one more LoRA adapter before its weights."""
-    if not (adapter / "adapter_model.safetensors").is_file():  # peft would unpickle another file, or ask the Hub
-        raise UserError(f"{adapter}: no adapter_model.safetensors there; run `kd train {adapter.name}` first")
+    """The model, or the `PeftModel` it is already, with one more LoRA adapter before its weights.
+
+    `adapter` must come from `kd.assess.run.adapter_folder`, which refuses what peft would unpickle.
+    """
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):

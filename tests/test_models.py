@@ -18,7 +18,6 @@ from tiny import make_tiny_llama
 from kd import models, smollm2
 from kd.cli import main
 from kd.config import BundledModel, FolderModel
-from kd.errors import UserError
 
 TEXT = "Tom has 3 apples. He buys 14 more; how many apples does he've now?\n\n$7.50 — naïve 🍎"
 
@@ -210,10 +209,3 @@ def test_unreachable_hub_says_what_to_do(
     write_params(tiny_params)
     assert main(["head"]) == 2
     assert "nobody/nothing at 0000000: not in the local cache" in capsys.readouterr().err
-
-
-def test_a_pickled_adapter_is_refused_unread(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "adapter_model.bin").write_bytes(b"not to be opened")
-    with pytest.raises(UserError, match=r"no adapter_model\.safetensors there"):
-        models.with_adapter(None, tmp_path)

@@ -16,8 +16,6 @@ import pytest
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("pipeline")  # they share a working folder, and what one ran the next need not
-
 FILES = ("kd", "profiles", "reviews", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
@@ -70,8 +68,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return folder
 
 
-def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path) -> None:
-    table = repro(clone)
+@pytest.fixture(scope="module")
+def table(clone: Path) -> str:
+    """What the whole pipeline prints; its results are in the clone from then on."""
+    return repro(clone)
+
+
+def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path, table: str) -> None:
     assert "ground-truth-kd" in table
     results = json.loads((clone / "artifacts/mini/report/results.json").read_text())
     assert len(results["experiments"]) == 7
@@ -91,8 +94,8 @@ def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path) -> None:
     assert not any((clone / "artifacts/.partial").iterdir())
 
 
+@pytest.mark.usefixtures("table")
 def test_a_change_reruns_only_what_it_reaches(clone: Path) -> None:
-    repro(clone)
     params = YAML(typ="safe").load(clone / "params.yaml")
     params["adapters"]["teacher-kd"]["dropout"] = 0.3
     write_params(clone, params)
@@ -102,8 +105,8 @@ def test_a_change_reruns_only_what_it_reaches(clone: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["train@base-kd", "teacher@base"])
+@pytest.mark.usefixtures("table")
 def test_a_killed_stage_leaves_no_result_and_runs_again(clone: Path, stage: str) -> None:
-    repro(clone)
     expected = outputs(clone)
     folder = {"train@base-kd": "adapters/base-kd", "teacher@base": "teacher/base"}[stage]
     md5 = expected[f"artifacts/mini/{folder}"]

@@ -147,17 +147,24 @@ def read_questions(config: Config, experiment: str) -> Questions:
 
 
 def adapter_folder(config: Config, experiment: str) -> Path | None:
-    """The experiment's adapter, refused unless it was trained on this student; None for the bare student."""
+    """The experiment's adapter, refused unless it was trained on this student; None for the bare student.
+
+    It is a LoRA adapter in safetensors: in place of missing weights peft would unpickle another file or ask the Hub,
+    and the settings of other kinds can name such files elsewhere.
+    """
     name = config.experiments[experiment].adapter
     if name is None:
         return None
     folder, base = config.artifacts / "adapters" / name, models.model_name(config.student.model)
     if not folder.exists():
         raise UserError(f"{folder}: no such adapter; run `kd train {name}`")
-    trained_on = read_json(folder / "adapter_config.json", "an adapter").get("base_model_name_or_path")
+    settings = read_json(folder / "adapter_config.json", "an adapter")
+    trained_on, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
     if trained_on != base:
         raise UserError(f"{folder}: an adapter for {trained_on}, not for the student {base}; train it again")
-    if not (folder / ADAPTER_WEIGHTS).exists():
+    if kind != "LORA":
+        raise UserError(f"{folder}: an adapter of the kind {kind}, not LORA; run `kd train {name}` again")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; run `kd train {name}` again")
     return folder
 

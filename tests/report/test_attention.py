@@ -302,6 +302,22 @@ def test_what_is_missing_exits_2_and_names_the_mend(
 
 
 @pytest.mark.usefixtures("trained")
+def test_an_adapter_that_peft_would_unpickle_is_refused_unread(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    adapter = ARTIFACTS / "adapters" / "base-kd"
+    weights = (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    assert main(["attention"]) == 2
+    assert f"{adapter}: no adapter_model.safetensors; run `kd train base-kd` again" in capsys.readouterr().err
+    weights.rename(adapter / "adapter_model.safetensors")
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "XLORA", "adapters": {"a": "x"}}))
+    assert main(["attention"]) == 2
+    assert f"{adapter}: an adapter of the kind XLORA, not LORA; run `kd train base-kd`" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("trained")
 def test_a_head_that_is_not_there_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attention", "--heads", "0:3,2:1"]) == 2
     assert "--heads 2:1: no such head; the student has layers 0 to 1 and heads 0 to 3" in capsys.readouterr().err

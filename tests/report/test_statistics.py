@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from itertools import product
 from math import comb
 
@@ -24,6 +26,14 @@ from kd.report.statistics import (
 )
 
 
+@pytest.fixture(scope="module")
+def little_garbage() -> Iterator[None]:
+    """What is imported already is no garbage: statsmodels' `multipletests` collects anew in every call."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_interval_is_that_of_statsmodels(counts: tuple[int, int]) -> None:
     assert wilson_interval(*counts) == pytest.approx(proportion_confint(*counts, method="wilson"), abs=1e-9)
@@ -35,6 +45,7 @@ def test_mcnemar_is_that_of_statsmodels(only_first: int, only_second: int) -> No
     assert mcnemar(only_first, only_second) == pytest.approx(min(1.0, expected), rel=1e-9)
 
 
+@pytest.mark.usefixtures("little_garbage")
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_is_that_of_statsmodels(p_values: list[float]) -> None:
     assert holm(p_values) == pytest.approx(list(multipletests(p_values, method="holm")[1]), abs=1e-12)
