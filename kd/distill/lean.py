@@ -44,6 +44,8 @@ class Joined(NamedTuple):
         out: torch.Tensor = F.linear(x, self.weight)
         if self.adapters is None:
             return out
+        if tuned[self.adapters.downs[0]].dim() == 3:
+            return self._cohort(x, out, tuned, self.adapters)
         count = len(self.adapters.downs)
         down = torch.cat([tuned[name] for name in self.adapters.downs])
         up = torch.cat([tuned[up] if isinstance(up, str) else up for up in self.adapters.ups])
@@ -52,6 +54,23 @@ class Joined(NamedTuple):
         low = F.linear(seen, down).unflatten(-1, (count, -1)).diagonal(dim1=0, dim2=2).transpose(1, 2).flatten(1)
         wide = (up[:, None] * self.adapters.owners).flatten(1)
         return out.addmm_(low, wide.T, alpha=self.adapters.scaling)
+
+    def _cohort(
+        self, x: torch.Tensor, out: torch.Tensor, tuned: dict[str, torch.Tensor], adapters: Adapters
+    ) -> torch.Tensor:
+        """The same for a cohort: the `tuned` tensors have a student before their own dimensions, and x has equally many
+        tokens of each student, one student after the other."""
+        down = torch.stack([tuned[name] for name in adapters.downs], dim=1)  # [students, adapters, rank, in]
+        students, count, rank, _ = down.shape
+        ups = [tuned[up] if isinstance(up, str) else up.expand(students, -1, -1) for up in adapters.ups]
+        up = torch.cat(ups, dim=1)  # [students, sum of outs, rank]
+        each = x.view(students, 1, -1, x.shape[-1]).expand(-1, count, -1, -1)
+        seen = F.dropout(each, adapters.dropout).flatten(0, 1)
+        low = torch.bmm(seen, down.flatten(0, 1).transpose(1, 2))  # [students * adapters, tokens, rank]
+        low = low.view(students, count, -1, rank).transpose(1, 2).flatten(2)
+        wide = (up[:, :, None] * adapters.owners).flatten(2)  # [students, sum of outs, adapters * rank]
+        added = torch.baddbmm(out.view(students, -1, out.shape[-1]), low, wide.transpose(1, 2), alpha=adapters.scaling)
+        return added.flatten(0, 1)
 
 
 class Layer(NamedTuple):

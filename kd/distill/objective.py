@@ -66,35 +66,35 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher: Teacher | None,
         settings: Distill,
     ) -> Loss:
-        cross_entropy = hidden.new_zeros((), dtype=torch.float32)
-        divergence = torch.zeros_like(cross_entropy)
+        total_ce = hidden.new_zeros((), dtype=torch.float32)
+        total_divergence = torch.zeros_like(total_ce)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             share = weights[rows, None]
             logits = (hidden[rows] @ head.T).float()
-            ce, slope = _cross_entropy(logits, labels[rows, None])
-            cross_entropy += (ce * share).sum()
+            ce, slope = cross_entropy(logits, labels[rows, None])
+            total_ce += (ce * share).sum()
             if teacher:
                 theirs = teacher.head.logits(teacher.states[rows])
-                value, soft_slope = _divergence(logits, theirs, settings)
-                divergence += (value * share).sum()
+                value, soft_slope = divergence(logits, theirs, settings.temperature, settings)
+                total_divergence += (value * share).sum()
                 # T^2 of the objective over the T that softens the logits.
                 slope = slope.mul_(settings.alpha).add_(soft_slope, alpha=(1 - settings.alpha) * settings.temperature)
             if gradient is not None:
                 gradient[rows] = (slope.to(head.dtype) @ head) * share.to(head.dtype)
         ctx.gradient = gradient
-        ctx.mark_non_differentiable(cross_entropy, divergence)
-        soft = (1 - settings.alpha) * settings.temperature**2 * divergence
-        total = settings.alpha * cross_entropy + soft if teacher else cross_entropy.clone()
-        return Loss(total, cross_entropy, divergence)
+        ctx.mark_non_differentiable(total_ce, total_divergence)
+        soft = (1 - settings.alpha) * settings.temperature**2 * total_divergence
+        total = settings.alpha * total_ce + soft if teacher else total_ce.clone()
+        return Loss(total, total_ce, total_divergence)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         return ctx.gradient * upstream[0].to(ctx.gradient.dtype), None, None, None, None, None
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-log softmax(logits)[label] of each row [rows, 1], and its gradient [rows, vocabulary]."""
     log_p = logits.log_softmax(-1)
     value = -log_p.gather(1, labels)
@@ -103,11 +103,13 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     return value, slope
 
 
-def _divergence(student: torch.Tensor, teacher: torch.Tensor, settings: Distill) -> tuple[torch.Tensor, torch.Tensor]:
-    """The divergence of each row of logits at temperature T [rows, 1], and its gradient with respect to the student's
-    logits over T [rows, vocabulary]. Both arguments are overwritten."""
-    log_p = student.div_(settings.temperature).log_softmax(-1)
-    log_q = teacher.div_(settings.temperature).log_softmax(-1)
+def divergence(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: torch.Tensor | float, settings: Distill
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The divergence of each row of logits at temperature T, common or each row's [rows, 1], as [rows, 1], and its
+    gradient with respect to the student's logits over T [rows, vocabulary]. Both logits are overwritten."""
+    log_p = student.div_(temperature).log_softmax(-1)
+    log_q = teacher.div_(temperature).log_softmax(-1)
     match settings.divergence:
         case "reverse-kl":
             return reverse_kl(log_p, log_q)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -80,6 +80,8 @@ class Descent:
     `lean` computes by the forward of `kd.distill.lean`, else by the modules' own.
     """
 
+    rates: tuple[int, ...] = ()
+
     def __init__(self, student: Any, settings: Distill, *, lean: bool) -> None:
         self._parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.weights = torch.cat([p.detach().flatten() for p in self._parameters.values()])
@@ -125,18 +127,35 @@ class Descent:
         return {name: piece.view(p.shape) for (name, p), piece in zip(self._parameters.items(), pieces, strict=True)}
 
 
+class Descending(Protocol):
+    """What a step drives: a student, or several side by side (`kd.distill.cohort`)."""
+
+    weights: torch.Tensor
+    momenta: torch.Tensor
+    rates: tuple[int, ...]
+
+    def gradient(self, batch: Batch, head: Head | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of a batch, and the gradient of the weights."""
+
+    def apply(self, gradient: torch.Tensor, learning_rate: torch.Tensor | float) -> None:
+        """Descend along the gradient; a tensor's shape is `rates`."""
+
+    def is_finite(self) -> bool:
+        """Whether every trained weight is a finite number."""
+
+
 class EagerStep:
-    """The reference: the modules' own forward, batches as they come, on any device."""
+    """The reference: kernel by kernel, batches as they come, on any device."""
 
     bucket = 1
 
-    def __init__(self, student: Any, head: Head | None, settings: Distill) -> None:
-        self.descent = Descent(student, settings, lean=False)
-        self.device = student.device
+    def __init__(self, descent: Descending, head: Head | None, device: torch.device) -> None:
+        self.descent = descent
+        self.device = device
         self._head = head
 
-    def __call__(self, batch: Batch, learning_rate: float) -> torch.Tensor:
-        """One update; the losses [3] before it."""
+    def __call__(self, batch: Batch, learning_rate: torch.Tensor | float) -> torch.Tensor:
+        """One update; the losses before it."""
         losses, gradient = self.descent.gradient(batch, self._head)
         self.descent.apply(gradient, learning_rate)
         return losses
@@ -147,23 +166,26 @@ class GraphStep:
 
     bucket = BUCKET
 
-    def __init__(self, student: Any, head: Head | None, settings: Distill) -> None:
-        self.descent = Descent(student, settings, lean=True)
-        self.device = student.device
+    def __init__(self, descent: Descending, head: Head | None, device: torch.device) -> None:
+        self.descent = descent
+        self.device = device
         self._head = head
         self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, torch.Tensor]] = {}
-        self._learning_rate = torch.zeros((), device=student.device)
+        self._learning_rate = torch.zeros(descent.rates, device=device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch: Batch, learning_rate: float) -> torch.Tensor:
-        """One update; the losses [3] before it, which the next call overwrites."""
+    def __call__(self, batch: Batch, learning_rate: torch.Tensor | float) -> torch.Tensor:
+        """One update; the losses before it, which the next call overwrites."""
         shape = (*batch.input_ids.shape, *batch.rows.shape)
         if shape not in self._graphs:
             self._graphs[shape] = self._capture(batch)
         graph, inputs, losses = self._graphs[shape]
         for held, given in zip(inputs.present(), batch.present(), strict=True):
             held.copy_(given)
-        self._learning_rate.fill_(learning_rate)
+        if isinstance(learning_rate, float):
+            self._learning_rate.fill_(learning_rate)
+        else:
+            self._learning_rate.copy_(learning_rate)
         graph.replay()
         return losses
 
@@ -191,8 +213,10 @@ def make_step(student: Any, head: Head | None, settings: Distill) -> EagerStep |
         raise UserError(
             "distill.step: graph needs a CUDA device and a Llama student without biases; use `auto` or `eager`"
         )
-    kind = GraphStep if able and settings.step != "eager" else EagerStep
-    return kind(student, head.to(str(student.device)) if head else None, settings)
+    graph = able and settings.step != "eager"
+    kind = GraphStep if graph else EagerStep
+    descent = Descent(student, settings, lean=graph)
+    return kind(descent, head.to(str(student.device)) if head else None, student.device)
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -1,0 +1,269 @@
+"""Students trained side by side on one GPU, because a small student's step is bound by the number of its kernels.
+
+They share the frozen model and read the same inputs, so N of them are one forward with N adapters. Each has its own
+adapter and momenta, teacher rows, labels, alpha, T and learning rate, and learns as it would alone, but that dropout is
+drawn for all together. Steps are of one example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd.config import Config, Distill
+from kd.distill import checkpoint
+from kd.distill.alignment import Match
+from kd.distill.checkpoint import Record
+from kd.distill.lean import LeanLlama, runs_lean
+from kd.distill.objective import cross_entropy, divergence
+from kd.distill.step import Batch, EagerStep, GraphStep, make_batch, on_device
+from kd.distill.train import Lesson, fresh_student, learning_rate, prepare_lesson, run_key, save_adapter, step_count
+from kd.errors import UserError
+from kd.files import resumable_folder, whole_folder
+from kd.progress import progress
+from kd.teacher.store import Head
+
+CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Member:
+    """One student of a cohort: its params, the adapter's name in them, and what it learns from."""
+
+    config: Config
+    experiment: str
+    lesson: Lesson
+
+    @property
+    def settings(self) -> Distill:
+        """How it learns; labels alone are alpha = 1."""
+        settings = self.config.distill
+        return settings if self.lesson.store else settings.model_copy(update={"alpha": 1.0})
+
+    @property
+    def folder(self) -> Path:
+        """Where its adapter goes."""
+        return self.config.artifacts / "adapters" / self.experiment
+
+
+class CohortLoss(torch.autograd.Function):
+    """`distillation_loss` for rows of several students: total, cross entropy and divergence [3, students], and the sum
+    of the totals, which alone has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        output: torch.Tensor,
+        batch: Batch,
+        shares: torch.Tensor,
+        head: Head,
+        alpha: torch.Tensor,
+        temperature: torch.Tensor,
+        settings: Distill,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert batch.states is not None
+        values = torch.empty(len(hidden), 2, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        weights = shares.sum(0)[:, None]
+        for start in range(0, len(hidden), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            logits = (hidden[rows] @ output.T).float()
+            ce, slope = cross_entropy(logits, batch.labels[rows, None])
+            kl, soft_slope = divergence(logits, head.logits(batch.states[rows]), temperature[rows], settings)
+            values[rows] = torch.cat([ce, kl], dim=1)
+            # T^2 of the objective over the T that softens the logits.
+            slope = slope.mul_(alpha[rows]).add_(soft_slope.mul_((1 - alpha[rows]) * temperature[rows]))
+            gradient[rows] = (slope.to(output.dtype) @ output) * weights[rows].to(output.dtype)
+        ctx.gradient = gradient
+        totals = alpha * values[:, :1] + (1 - alpha) * temperature**2 * values[:, 1:]
+        losses = (shares @ torch.cat([totals, values], dim=1)).T
+        ctx.mark_non_differentiable(losses)
+        return losses[0].sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.gradient * upstream[0].to(ctx.gradient.dtype), *(None,) * 7
+
+
+class Cohort:
+    """The students' trained weights and momenta [students, trained], and one update of all: `Descent` for several.
+
+    `student` is a PEFT student whose adapter stands in for each member's; its parameters become the last member's when
+    `show` is asked to.
+    """
+
+    def __init__(self, student: Any, starts: list[torch.Tensor], settings: list[Distill]) -> None:
+        if not runs_lean(student):
+            raise UserError("student.model: only a Llama without biases is trained in a cohort; train one at a time")
+        self._parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self._model = student.get_base_model()
+        self._lean = LeanLlama(student)
+        self._common = settings[0]
+        self.weights = torch.stack(starts)
+        self.momenta = torch.zeros_like(self.weights)
+        self.rates: tuple[int, ...] = (len(settings), 1)
+        device = self.weights.device
+        self._alpha = torch.tensor([[one.alpha] for one in settings], device=device)
+        self._temperature = torch.tensor([[one.temperature] for one in settings], device=device)
+
+    def gradient(self, batch: Batch, head: Head | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses [3, students] of a batch with one example a student, and the weights' gradient."""
+        assert head
+        students, width = batch.input_ids.shape
+        owner = batch.rows // width
+        leaf = self.weights.detach().requires_grad_()
+        hidden = self._lean(batch.input_ids, self._pieces(leaf.to(self._model.dtype)))
+        matched = hidden.flatten(0, 1).index_select(0, batch.rows)
+        # Every student counts whole, where `make_batch` gives each of n examples an nth.
+        shares = (owner == torch.arange(students, device=owner.device)[:, None]) * (batch.weights * students)
+        total, losses = CohortLoss.apply(  # type: ignore[no-untyped-call]
+            matched,
+            self._model.lm_head.weight,
+            batch,
+            shares,
+            head,
+            self._alpha[owner],
+            self._temperature[owner],
+            self._common,
+        )
+        return losses, torch.autograd.grad(total, leaf)[0]
+
+    @torch.no_grad()
+    def apply(self, gradient: torch.Tensor, learning_rate: torch.Tensor | float) -> None:
+        """Descend along `gradient`, which is overwritten, each student at its rate [students, 1]."""
+        gradient.add_(self.weights, alpha=self._common.weight_decay)
+        self.momenta.mul_(self._common.momentum).add_(gradient)
+        self.weights.sub_(self.momenta * learning_rate)
+
+    def is_finite(self) -> bool:
+        """Whether every trained weight is a finite number."""
+        return bool(self.weights.isfinite().all())
+
+    @torch.no_grad()
+    def show(self, member: int) -> None:
+        """Give the student's own adapter the weights of one member."""
+        for name, piece in self._pieces(self.weights).items():
+            self._parameters[name].data.copy_(piece[member])
+
+    def _pieces(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[students, trained] as views by name, [students, *shape]."""
+        pieces = flat.split([p.numel() for p in self._parameters.values()], dim=1)
+        named = zip(self._parameters.items(), pieces, strict=True)
+        return {name: piece.unflatten(1, p.shape) for (name, p), piece in named}
+
+
+def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
+    """Train the adapters of several runs at once and write each as `kd train` does, without curve and check loss.
+
+    `state` is the folder of the unfinished work. A UserError where the runs cannot share a forward.
+    """
+    members = [Member(config, experiment, prepare_lesson(config, experiment)) for config, experiment in runs]
+    matches = [member.lesson.matches.kept for member in members]
+    student, cohort, step = begin(members, matches)
+    keys = [run_key(member.config, member.experiment) for member in members]
+    with resumable_folder(state, hashlib.sha256("".join(keys).encode()).hexdigest()[:16]) as work:
+        curve = checkpoint.load(work, cohort)
+        settings = members[0].settings
+        every = settings.checkpoint_every
+        bar = progress(descend(members, matches, step, len(curve)), "cohort", "step", step_count(matches[0], settings))
+        bar.update(len(curve))
+        for record in bar:
+            curve.append(record)
+            if record.step % every == 0 and record.step < step_count(matches[0], settings):
+                checkpoint.save(work, cohort, curve)
+        for number, member in enumerate(members):
+            cohort.show(number)
+            with whole_folder(member.folder) as folder:
+                save_adapter(student, member.config, member.experiment, member.lesson.matches, folder)
+        for path in work.iterdir():  # what is left says that the cohort is done
+            shutil.rmtree(path)
+
+
+def begin(members: list[Member], matches: list[list[Match]]) -> tuple[Any, Cohort, EagerStep | GraphStep]:
+    """A student that stands for all, the cohort at its start, and its step."""
+    _check_alike(members, matches)
+    starts: dict[int, torch.Tensor] = {}
+    for member in members:
+        if member.config.seed not in starts:
+            student = fresh_student(member.config, member.experiment, member.lesson)
+            trained = [p.detach().flatten() for p in student.parameters() if p.requires_grad]
+            starts[member.config.seed] = torch.cat(trained)
+    settings = [member.settings for member in members]
+    cohort = Cohort(student, [starts[member.config.seed].clone() for member in members], settings)
+    graph = student.device.type == "cuda" and settings[0].step != "eager"
+    kind = GraphStep if graph else EagerStep
+    return student, cohort, kind(cohort, _head(members).to(str(student.device)), student.device)
+
+
+def descend(
+    members: list[Member], matches: list[list[Match]], step: EagerStep | GraphStep, done: int = 0
+) -> Iterator[Record]:
+    """Train from update `done` on; each record's losses are the means over the students."""
+    settings = [member.settings for member in members]
+    steps = step_count(matches[0], settings[0])
+    rates = torch.tensor([[[learning_rate(i, one)] for one in settings] for i in range(steps)], device=step.device)
+    batches = list(zip(*(_owned(number, own) for number, own in enumerate(matches)), strict=True))
+    ahead = (batches * settings[0].epochs)[done:]
+    width = next(member.lesson.store.manifest.width for member in members if member.lesson.store)
+
+    def states(key: str) -> torch.Tensor:
+        number, _, teacher_id = key.partition("/")
+        member = members[int(number)]
+        if member.lesson.states is None:
+            return torch.zeros(member.settings.max_tokens, width, dtype=torch.float16)
+        return member.lesson.states(teacher_id)
+
+    tensors = on_device((make_batch(list(batch), states, step.bucket) for batch in ahead), step.device)
+    for number, (batch, inputs) in enumerate(zip(ahead, tensors, strict=True), start=done):
+        losses = step(inputs, rates[number])
+        at_rest = (number + 1) % settings[0].checkpoint_every == 0 or number + 1 == steps
+        # Reading a loss waits for the GPU, so it is read when there is a checkpoint to write anyway.
+        total, ce, kl = losses.mean(1).tolist() if at_rest else (float("nan"),) * 3
+        yield Record(number + 1, [batch[0].example_id], total, ce, kl, settings[0].learning_rate)
+
+
+def _owned(number: int, matches: list[Match]) -> list[Match]:
+    """One member's matches, whose teacher ids say whose they are."""
+    return [replace(match, teacher_id=f"{number}/{match.teacher_id}") for match in matches]
+
+
+def _head(members: list[Member]) -> Head:
+    return next(member.lesson.head for member in members if member.lesson.head)
+
+
+def _check_alike(members: list[Member], matches: list[list[Match]]) -> None:
+    """Refuse runs that differ in what a cohort shares."""
+    apart = ("alpha", "temperature", "learning_rate", "cosine_steps", "quirks", "protocol")
+    first = members[0]
+    inputs = [match.input_ids for match in matches[0]]
+    for member, own in zip(members, matches, strict=True):
+        name = f"{member.config.profile}/{member.experiment}"
+        common = [(m.settings.model_dump(exclude=set(apart)), m.config.student, _dropout(m)) for m in (first, member)]
+        if common[0] != common[1] or member.settings.batch_rows != 1:
+            raise UserError(f"{name}: other settings than the cohort's first run, or `batch_rows` other than 1")
+        if [match.input_ids for match in own] != inputs:
+            raise UserError(f"{name}: reads other inputs than the cohort's first run; give it a cohort of its own")
+        if member.lesson.head and _head(members) and _teacher(member) != _teacher_of(members):
+            raise UserError(f"{name}: learns from another teacher than the cohort's first; give it a cohort of its own")
+    if not any(member.lesson.store for member in members):
+        raise UserError("a cohort needs a student with a teacher; train the others one at a time")
+
+
+def _dropout(member: Member) -> float:
+    return member.config.adapters[member.experiment].dropout
+
+
+def _teacher(member: Member) -> str:
+    assert member.lesson.store
+    return str(member.lesson.store.manifest.head_sha256)
+
+
+def _teacher_of(members: list[Member]) -> str:
+    return next(_teacher(member) for member in members if member.lesson.store)
