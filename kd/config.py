@@ -172,13 +172,15 @@ class Distill(Params):
 
 class Search(Params):
     """The search over alpha and T, and over the learning rate where it has a range: trials in all, ranges [low, high]
-    (the learning rate's by its logarithm), and the training rows kept for judging."""
+    (the learning rate's by its logarithm), and the training rows kept for judging. `together` trials are trained at
+    once, as a cohort: a GPU has hardly more to do for ten small students than for one."""
 
     trials: Count
     alpha: list[Probability] = Field(min_length=2, max_length=2)
     temperature: list[Positive] = Field(min_length=2, max_length=2)
     learning_rate: list[Positive] | None = Field(default=None, min_length=2, max_length=2)
     eval_rows: Count
+    together: Count = 1
 
     @model_validator(mode="after")
     def _ordered(self) -> Search:

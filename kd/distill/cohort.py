@@ -179,6 +179,8 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
             if record.step % every == 0 and record.step < step_count(matches[0], settings):
                 checkpoint.save(work, cohort, curve)
         for number, member in enumerate(members):
+            if not cohort.weights[number].isfinite().all():
+                raise UserError(f"{member.folder}: its weights became infinite; lower its `distill.learning_rate`")
             cohort.show(number)
             with whole_folder(member.folder) as folder:
                 save_adapter(student, member.config, member.experiment, member.lesson.matches, folder)

@@ -11,6 +11,7 @@ import math
 import sys
 import warnings
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from filelock import FileLock
 from kd import models
 from kd.config import Config, Search
 from kd.dataset import read_examples
+from kd.distill import cohort
 from kd.distill.alignment import Match, match_examples
+from kd.distill.cohort import Member
 from kd.distill.step import make_step
-from kd.distill.train import Lesson, descend, evaluate, fresh_student, prepare_lesson, run_key
+from kd.distill.train import Lesson, descend, evaluate, fresh_student, prepare_lesson, run_key, step_count
 from kd.errors import UserError
 from kd.files import whole_folder, write_json
 from kd.progress import progress
@@ -56,10 +59,14 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
         load_if_exists=True,
     )
 
-    def objective(trial: optuna.Trial) -> float:
+    def suggested(trial: optuna.Trial) -> Config:
         # A sampler of its own for each trial: whoever runs it, it draws the same values after the same trials.
         study.sampler = optuna.samplers.TPESampler(seed=config.seed * SEEDS_APART + trial.number)
         settings = config.distill.model_copy(update=_suggested(trial, config.search))
+        return config.model_copy(update={"distill": settings})
+
+    def objective(trial: optuna.Trial) -> float:
+        settings = suggested(trial).distill
         student = fresh_student(config, experiment, lesson)
         records = descend(make_step(student, lesson.head, settings), training, lesson.states, settings)
         deque(progress(records, f"trial {trial.number}", "step"), maxlen=0)
@@ -70,8 +77,15 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
 
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     enough = optuna.study.MaxTrialsCallback(config.search.trials, states=states)
-    if len(study.get_trials(states=states)) < config.search.trials:
-        study.optimize(objective, callbacks=[enough])
+    while (left := config.search.trials - len(study.get_trials(states=states))) > 0:
+        if config.search.together == 1:
+            study.optimize(objective, callbacks=[enough])
+            continue
+        trials = [study.ask() for _ in range(min(left, config.search.together))]
+        members = [Member(suggested(trial), experiment, lesson) for trial in trials]
+        for trial, loss in zip(trials, _side_by_side(members, training, judges), strict=True):
+            diverged = None if math.isfinite(loss) else optuna.trial.TrialState.PRUNED
+            study.tell(trial, None if diverged else loss, diverged)
     if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
         raise UserError(f"{experiment}: training diverged in every trial; lower `distill.learning_rate`")
     best = {**study.best_params, "cross_entropy": study.best_value, "trials": len(study.get_trials(states=states))}
@@ -79,6 +93,17 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
         write_json(work / "best.json", best)
         _plots(study, work)
     return best
+
+
+def _side_by_side(members: list[Member], training: list[Match], judges: list[Match]) -> Iterator[float]:
+    """The cross entropy that each trial's student comes to."""
+    matches = [training] * len(members)
+    student, trained, step = cohort.begin(members, matches)
+    steps = step_count(training, members[0].settings)
+    deque(progress(cohort.descend(members, matches, step), f"{len(members)} trials", "step", steps), maxlen=0)
+    for number, member in enumerate(members):
+        trained.show(number)
+        yield float(evaluate(student.get_base_model(), judges, None, None, member.settings).cross_entropy)
 
 
 def _suggested(trial: optuna.Trial, ranges: Search) -> dict[str, float]:

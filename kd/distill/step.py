@@ -48,10 +48,10 @@ class Batch(NamedTuple):
 
 
 def make_batch(matches: list[Match], states: States | None, bucket: int = 1) -> Batch:
-    """Pad `matches` to multiples of `bucket`; `states` gives the teacher's rows for an example's id."""
+    """Pad `matches` to multiples of `bucket`, rows by the example; `states` gives the teacher's rows for an id."""
     width = _round_up(max(len(match.input_ids) for match in matches), bucket)
     count = sum(len(match.labels) for match in matches)
-    height = _round_up(count, bucket)
+    height = _round_up(count, bucket if bucket == 1 else bucket * len(matches))
     input_ids = torch.zeros(len(matches), width, dtype=torch.int64)
     rows, labels = torch.zeros(height, dtype=torch.int64), torch.zeros(height, dtype=torch.int64)
     weights = torch.zeros(height)

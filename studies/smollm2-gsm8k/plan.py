@@ -23,7 +23,6 @@ HERE = Path(__file__).parent
 PARAMS = Path("params")
 TUNED_TEACHER = Path("artifacts/tuned-teacher")
 ALL_ROWS = 7473  # of GSM8K's training split
-SEARCH_PROCESSES = 4  # that share one study
 
 
 class Teacher(Params):
@@ -66,6 +65,7 @@ class Study(Params):
     study: str
     question: str
     seeds: list[int]
+    search: dict[str, Any]
     teachers: dict[str, Teacher]
     untrained: dict[str, Untrained]
     conditions: dict[str, Condition]
@@ -110,14 +110,21 @@ class Run:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The `kd` commands that make it."""
-        stages = ("assess", "measure") if self.arm.seed is None else ("train", "assess", "measure")
-        return [[stage, self.experiment, "--params", str(self.arm.params)] for stage in stages]
+        """The `kd` commands that assess and measure it."""
+        return [[stage, self.experiment, "--params", str(self.arm.params)] for stage in ("assess", "measure")]
+
+    @property
+    def cohort(self) -> str | None:
+        """The task that trains it beside others, None where nothing is trained."""
+        if self.arm.seed is None:
+            return None
+        condition = "quirks" if self.arm.condition.startswith("quirk-") else self.arm.condition
+        return f"cohort-{condition}-{self.arm.teacher}"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a task, done when `made` is there: `tune`, `record`, or one of `kd`, given without the `kd`."""
+    """A command of a task, done when `made` is there: `tune`, `cohort`, `record` or, without the `kd`, one of `kd`."""
 
     command: list[str]
     made: Path
@@ -125,12 +132,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Task:
-    """Steps in order, in a process of their own; `arm` is the one whose params file they read."""
+    """Steps in order, in a process of their own; `arm` is the one whose params file they read. `load` is how many
+    students it keeps a GPU busy with."""
 
     name: str
     steps: list[Step]
     arm: Arm
     needs: list[str] = field(default_factory=list)
+    load: int = 1
 
     @property
     def done(self) -> bool:
@@ -164,7 +173,12 @@ class Plan:
 
     def tasks(self) -> list[Task]:
         """All work, what others wait for first."""
-        return [*self._preparations(), *self._captures(), *self._searches(), *map(self._run_task, self.runs())]
+        runs = map(self._run_task, self.runs())
+        return [*self._preparations(), *self._captures(), *self._searches(), *self._cohorts(), *runs]
+
+    def cohort(self, name: str) -> list[Run]:
+        """The runs that are trained side by side."""
+        return [run for run in self.runs() if run.cohort == name]
 
     def document(self, arm: Arm) -> dict[str, Any]:
         """The params of an arm; a UserError while the search it needs is not over."""
@@ -180,6 +194,7 @@ class Plan:
             changes["dataset.train_rows"] = ALL_ROWS
         else:
             changes |= self.study.teachers[arm.teacher].params | condition.params
+            changes |= self.study.search if arm.condition == "search" else {}
         for key, value in changes.items():
             _set(document, key, value)
         # An adapter whose prompt this teacher is not asked behind is no student of it.
@@ -229,7 +244,7 @@ class Plan:
         data, rows = Arm("data", "self", None), Arm("rows", "self", None)
         for arm in (data, rows):
             yield Task(arm.condition, [_kd(arm, arm.at("data"), "prepare")], arm)
-        yield Task("tuned-teacher", [Step(["tune"], TUNED_TEACHER)], rows, ["rows"])
+        yield Task("tuned-teacher", [Step(["tune"], TUNED_TEACHER)], rows, ["rows"], load=20)
 
     def _captures(self) -> Iterator[Task]:
         """Each teacher's rows once for every kind of reading; and how far the untrained student is from it."""
@@ -253,23 +268,25 @@ class Plan:
         for name, teacher in self.study.teachers.items():
             arm = self._search_arm(name)
             step = _kd(arm, self.best(name), "search", teacher.search)
-            for number in range(1, SEARCH_PROCESSES + 1):
-                yield Task(f"search-{name}-{number}", [step], arm, [f"capture-aligned-{name}"])
+            yield Task(arm.profile, [step], arm, [f"capture-aligned-{name}"], self._base["search"]["together"])
+
+    def _cohorts(self) -> Iterator[Task]:
+        for name in dict.fromkeys(run.cohort for run in self.runs() if run.cohort):
+            runs = self.cohort(name)
+            needs = {capture.profile for run in runs if (capture := self._capture_arm(run.arm))}
+            if self._condition(runs[0].arm).searched:
+                needs.add(self._search_arm(runs[0].arm.teacher).profile)
+            step = Step(["cohort", name], Path("artifacts", name))
+            yield Task(name, [step], runs[0].arm, sorted(needs), len(runs))
 
     def _run_task(self, run: Run) -> Task:
         arm = run.arm
         made = {
-            "train": arm.at("adapters", run.experiment),
             "assess": arm.at("logs", f"{run.experiment}.csv"),
             "measure": arm.at("measures", f"{run.experiment}.json"),
         }
         steps = [Step(command, made[command[0]]) for command in run.commands]
-        needs = ["data", *self._teacher_task(arm.teacher)]
-        capture = self._capture_arm(arm)
-        if capture:
-            needs.append(capture.profile)
-        if self._condition(arm).searched:
-            needs += [f"search-{arm.teacher}-{number}" for number in range(1, SEARCH_PROCESSES + 1)]
+        needs = [run.cohort] if run.cohort else ["data", *self._teacher_task(arm.teacher)]
         record = Step(["record", run.experiment], run.record)
         return Task(f"{arm.profile}/{run.experiment}", [*steps, record], arm, needs)
 

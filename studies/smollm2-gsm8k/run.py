@@ -81,23 +81,24 @@ def run(plan: Plan, jobs: int, minutes: float | None) -> int:
     tasks = {task.name: task for task in plan.tasks()}
     done = {name for name, task in tasks.items() if task.done}
     failed: set[str] = set()
-    running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}  # by slot
+    running: dict[str, tuple[subprocess.Popen[bytes], str | None]] = {}  # with its GPU
     write_whole_file(MACHINE, json.dumps(_machine(), indent=1) + "\n")
     gpus, deadline = _visible_gpus(), time.monotonic() + 60 * (minutes or float("inf"))
     with progress((), "study", "task", len(tasks)) as bar, _ended_with_us(running):
         bar.update(len(done))
         while time.monotonic() < deadline:
-            begun = done | failed | {name for name, _ in running.values()}
+            begun = done | failed | running.keys()
             ready = [task for name, task in tasks.items() if name not in begun and done.issuperset(task.needs)]
-            free = [slot for slot in range(jobs) if slot not in running]
-            for slot, task in zip(free, ready, strict=False):
-                running[slot] = task.name, _start(plan, task, gpus[slot % len(gpus)] if gpus else None)
+            for task in ready[: jobs - len(running)]:
+                loads = {gpu: sum(tasks[name].load for name, (_, its) in running.items() if its == gpu) for gpu in gpus}
+                gpu = min(gpus, key=loads.__getitem__, default=None)
+                running[task.name] = _start(plan, task, gpu), gpu
             if not running:
                 break
             time.sleep(POLL_S)
-            for slot, (name, process) in list(running.items()):
+            for name, (process, _) in list(running.items()):
                 if process.poll() is not None:
-                    del running[slot]
+                    del running[name]
                     (failed if process.returncode else done).add(name)
                     bar.update()
                     if process.returncode:
@@ -116,6 +117,11 @@ def do(plan: Plan, task: Task) -> int:
         match step.command:
             case ["record", experiment]:
                 write_whole_file(step.made, json.dumps(record(config, Run(task.arm, experiment)), indent=1) + "\n")
+            case ["cohort", name]:
+                from kd.distill.cohort import train_cohort
+
+                members = [(plan.write_params(run.arm), run.experiment) for run in plan.cohort(name)]
+                train_cohort(members, step.made)
             case ["tune"]:
                 from teacher import tune
 
@@ -141,17 +147,18 @@ def record(config: Config, run: Run) -> dict[str, Any]:
     adapter = arm.at("adapters", experiment)
     measured = read_json(arm.at("measures", f"{experiment}.json"), "a run's measures")
     prompt = prompt_of(config, experiment)
+    trained = [f"{DRIVER} task {run.cohort}"] if run.cohort else []
     return {
         "condition": arm.condition,
         "experiment": experiment,
         "seed": arm.seed,
         "teacher": arm.teacher,
         "prompt": prompt,
-        "command": " && ".join(" ".join(["kd", *command]) for command in run.commands),
+        "command": " && ".join([*trained, *(" ".join(["kd", *command]) for command in run.commands)]),
         "rules": {rules: _scored(answered, rules) for rules in RULES},
         "answer_loss": measured["answer_loss"],
         "divergence": measured["divergence"].get(prompt or config.prompts[0]),
-        "check_loss": read_json(adapter / "check.json", "a check loss")["check_loss"] if adapter.exists() else None,
+        "check_loss": None,  # `kd train` makes it, a cohort does not
         "mean_tokens": sum(row.tokens for row in answered) / len(answered),
         "at_limit": sum(row.reached_limit for row in answered),
         "files": {
@@ -233,15 +240,15 @@ def _start(plan: Plan, task: Task, gpu: str | None) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def _ended_with_us(running: dict[int, tuple[str, subprocess.Popen[bytes]]]) -> Iterator[None]:
+def _ended_with_us(running: dict[str, tuple[subprocess.Popen[bytes], str | None]]) -> Iterator[None]:
     """Whatever ends the block, nothing is left running; what was unfinished goes on next time."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        for _, process in running.values():
+        for process, _ in running.values():
             os.killpg(process.pid, signal.SIGTERM)
-        for _, process in running.values():
+        for process, _ in running.values():
             process.wait()
 
 
