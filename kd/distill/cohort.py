@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,7 +181,8 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
                 checkpoint.save(work, cohort, curve)
         for number, member in enumerate(members):
             if not cohort.weights[number].isfinite().all():
-                raise UserError(f"{member.folder}: its weights became infinite; lower its `distill.learning_rate`")
+                print(f"{member.folder}: diverged and is left out; lower its `distill.learning_rate`", file=sys.stderr)
+                continue
             cohort.show(number)
             with whole_folder(member.folder) as folder:
                 save_adapter(student, member.config, member.experiment, member.lesson.matches, folder)

@@ -81,6 +81,7 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
         if config.search.together == 1:
             study.optimize(objective, callbacks=[enough])
             continue
+        warnings.filterwarnings("ignore", "Heartbeat of storage")  # a trial of a killed cohort is just not counted
         trials = [study.ask() for _ in range(min(left, config.search.together))]
         members = [Member(suggested(trial), experiment, lesson) for trial in trials]
         for trial, loss in zip(trials, _side_by_side(members, training, judges), strict=True):

@@ -41,12 +41,13 @@ class Untrained(Params):
 
 
 class Condition(Params):
-    """A way to train: what it changes in params, whether `kd search` sets alpha, T and learning rate, and which of the
-    teachers' students it trains (None: all)."""
+    """A way to train: what it changes in params, which keys under `distill` it takes from `kd search`, which of the
+    teachers' students it trains (None: all), and with which other conditions (None: with none)."""
 
     params: dict[str, Any] = Field(default={})
-    searched: bool = False
+    searched: list[str] = Field(default=[])
     adapters: list[str] | None = None
+    cohort: str | None = None
 
 
 class TunedTeacher(Params):
@@ -102,6 +103,7 @@ class Run:
 
     arm: Arm
     experiment: str
+    cohort: str | None  # the task that trains it beside others, None where nothing is trained
 
     @property
     def record(self) -> Path:
@@ -112,14 +114,6 @@ class Run:
     def commands(self) -> list[list[str]]:
         """The `kd` commands that assess and measure it."""
         return [[stage, self.experiment, "--params", str(self.arm.params)] for stage in ("assess", "measure")]
-
-    @property
-    def cohort(self) -> str | None:
-        """The task that trains it beside others, None where nothing is trained."""
-        if self.arm.seed is None:
-            return None
-        condition = "quirks" if self.arm.condition.startswith("quirk-") else self.arm.condition
-        return f"cohort-{condition}-{self.arm.teacher}"
 
 
 @dataclass(frozen=True)
@@ -159,15 +153,15 @@ class Plan:
     def runs(self) -> list[Run]:
         """Every run, in the order of the tables."""
         bare = [
-            Run(Arm("untrained", name, None), experiment)
+            Run(Arm("untrained", name, None), experiment, None)
             for name, untrained in self.study.untrained.items()
             for experiment in untrained.experiments
         ]
         return bare + [
-            Run(Arm(condition, teacher, seed), adapter)
-            for condition in self.study.conditions
+            Run(Arm(name, teacher, seed), adapter, f"cohort-{condition.cohort or name}-{teacher}")
+            for name, condition in self.study.conditions.items()
             for teacher in self.study.teachers
-            for adapter in self._adapters(condition, teacher)
+            for adapter in self._adapters(name, teacher)
             for seed in self.study.seeds
         ]
 
@@ -175,6 +169,10 @@ class Plan:
         """All work, what others wait for first."""
         runs = map(self._run_task, self.runs())
         return [*self._preparations(), *self._captures(), *self._searches(), *self._cohorts(), *runs]
+
+    def run(self, arm: Arm, experiment: str) -> Run:
+        """The run of an experiment in an arm."""
+        return next(run for run in self.runs() if (run.arm, run.experiment) == (arm, experiment))
 
     def cohort(self, name: str) -> list[Run]:
         """The runs that are trained side by side."""
@@ -202,8 +200,9 @@ class Plan:
         document["adapters"] = {n: a for n, a in document["adapters"].items() if a["needs"] in stores}
         students = ["data", *(f"adapters/{name}" for name in document["adapters"])]
         document["experiments"] = {n: e for n, e in document["experiments"].items() if e["needs"] in students}
-        if condition.searched:
-            document["distill"] |= self.searched(arm.teacher)
+        if condition.searched and not arm.condition.startswith("capture-"):  # which wait for no search
+            found = self.searched(arm.teacher)
+            document["distill"] |= {key: found[key] for key in condition.searched}
         return document
 
     def write_params(self, arm: Arm) -> Config:
@@ -225,8 +224,8 @@ class Plan:
         best = self.best(teacher)
         if not best.exists():
             raise UserError(f"{best}: no such file; the search for the {teacher} teacher is not over")
-        found = json.loads(best.read_text(encoding="utf-8"))
-        return {key: found[key] for key in ("alpha", "temperature", "learning_rate")}
+        found: dict[str, float] = json.loads(best.read_text(encoding="utf-8"))
+        return found
 
     def best(self, teacher: str) -> Path:
         """Where the search for a teacher leaves what it found."""

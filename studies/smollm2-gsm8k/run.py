@@ -116,7 +116,7 @@ def do(plan: Plan, task: Task) -> int:
             continue
         match step.command:
             case ["record", experiment]:
-                write_whole_file(step.made, json.dumps(record(config, Run(task.arm, experiment)), indent=1) + "\n")
+                write_whole_file(step.made, json.dumps(record(config, plan.run(task.arm, experiment)), indent=1) + "\n")
             case ["cohort", name]:
                 from kd.distill.cohort import train_cohort
 
