@@ -105,7 +105,7 @@ TOGETHER = """if True:
 def test_two_processes_at_once_share_a_study_and_leave_one_whole_result(
     ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
 ) -> None:
-    ready["search"]["trials"] = 1
+    ready["search"]["trials"] = 1  # the study is begun, as Optuna makes a new one's tables without a lock
     write_params(ready)
     assert main(["search", "teacher-kd"]) == 0
     ready["search"]["trials"] = 8
