@@ -72,6 +72,13 @@ def test_paper_profile_states_the_published_protocol() -> None:
         ("dtype: float32", "dtype: float64", "teacher.dtype: expected 'float32', 'bfloat16' or 'float16'"),
         ("dtype: float32", "dtype: float32\n  cache: q6", "teacher: cache: belongs to `backend: exllamav2`"),
         ("protocol: published", "protocol: shifted", "distill.protocol: expected 'published' or 'aligned'"),
+        ("quirks: []", "quirks: [boss]", "distill.quirks.0: expected 'teacher-order', 'label-shift', 'bos' or"),
+        ("quirks: []", "quirks: [bos]", "distill: quirks: `protocol: published` has all of them; empty the list, or"),
+        (
+            "protocol: published\n  quirks: []",
+            "protocol: aligned\n  quirks: [bos, label-shift, bos]",
+            "distill: quirks: a quirk stands twice; name each once",
+        ),
         ("reverse-kl", "reversed-kl", "distill.divergence: expected 'reverse-kl', 'forward-kl' or 'jsd'"),
         ("[1.0, 10.0]", "[10.0, 1.0]", "search: temperature: expected [low, high], found [10.0, 1.0]"),
         ("questions: 10", "questions: 0", "attention.questions: expected greater than 0, found 0"),

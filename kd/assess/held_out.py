@@ -14,13 +14,12 @@ from kd.dataset import read_examples
 from kd.distill.alignment import match_examples
 from kd.distill.step import States
 from kd.distill.train import evaluate
+from kd.errors import UserError
 from kd.files import write_whole_file
 from kd.progress import progress
 from kd.teacher import backends
 from kd.teacher.capture import teacher_reading
 from kd.teacher.store import Reading
-
-BATCH = 32  # questions a forward of the teacher
 
 
 def measure(config: Config, experiment: str) -> dict[str, Any]:
@@ -34,16 +33,27 @@ def measure(config: Config, experiment: str) -> dict[str, Any]:
     folder = models.model_folder(config.student.model)
     tests = read_examples(config.artifacts / "data" / "test.jsonl")
     tokenizer = models.load_tokenizer(folder)
-    device = models.default_device()
-    student = load_student(folder, config.student.dtype, adapter_folder(config, experiment), device)
-    teacher = backends.load(config.teacher, longest=models.context_length(folder))
+    _refuse_another_tokenizer(config, tokenizer)
+    adapter, device = adapter_folder(config, experiment), models.default_device()
+    readings = {
+        prompt: [teacher_reading(tokenizer, "aligned", prompt, example) for example in tests]
+        for prompt in _prompts(config, experiment)
+    }
+    longest = max(len(reading.token_ids) for some in readings.values() for reading in some)
+    student = load_student(folder, config.student.dtype, adapter, device)
+    teacher = backends.load(config.teacher, longest)
+    head = teacher.head().to(device)
+    if head.vocabulary_size != student.config.vocab_size:
+        raise UserError(
+            f"the teacher has {head.vocabulary_size} logits, the student {student.config.vocab_size}; "
+            "choose a teacher and a student with one vocabulary"
+        )
     settings = config.distill.model_copy(update={"temperature": 1.0})
     divergence = {}
-    for prompt in _prompts(config, experiment):
-        readings = [teacher_reading(tokenizer, "aligned", prompt, example) for example in tests]
-        matches = match_examples("aligned", tests, tokenizer, models.context_length(folder), readings)
-        states = _states(teacher, readings, f"teacher, {prompt}")
-        loss = evaluate(student, matches.kept, states, teacher.head().to(device), settings)
+    for prompt, wanted in readings.items():
+        matches = match_examples("aligned", tests, tokenizer, models.context_length(folder), wanted)
+        states = _states(teacher, wanted, config.teacher.batch_rows, f"teacher, {prompt}")
+        loss = evaluate(student, matches.kept, states, head, settings)
         divergence[prompt] = float(loss.divergence)
     measured = {"answer_loss": float(loss.cross_entropy), "divergence": divergence, "rows": len(matches.kept)}
     write_whole_file(config.artifacts / "measures" / f"{experiment}.json", json.dumps(measured, indent=1) + "\n")
@@ -56,11 +66,18 @@ def _prompts(config: Config, experiment: str) -> list[str]:
     return [prompt] if prompt else config.prompts
 
 
-def _states(teacher: backends.LoadedTeacher, readings: list[Reading], what: str) -> States:
+def _refuse_another_tokenizer(config: Config, tokenizer: Any) -> None:
+    """As training does: a token id has to be the same token on both sides."""
+    folder = models.model_folder(config.teacher.model)
+    if models.vocabulary_sha256(models.load_tokenizer(folder)) != models.vocabulary_sha256(tokenizer):
+        raise UserError(f"{folder}: the teacher's tokenizer is not the student's; teacher and student must share one")
+
+
+def _states(teacher: backends.LoadedTeacher, readings: list[Reading], batch_rows: int, what: str) -> States:
     """The teacher's states for each example's answer, in the CPU's memory."""
     states = {}
-    for start in progress(range(0, len(readings), BATCH), what, "batch"):
-        batch = readings[start : start + BATCH]
+    for start in progress(range(0, len(readings), batch_rows), what, "batch"):
+        batch = readings[start : start + batch_rows]
         for reading, rows in zip(batch, teacher.states([one.token_ids for one in batch]), strict=True):
             states[reading.example_id] = rows[slice(*reading.span)].cpu()
     return states.__getitem__

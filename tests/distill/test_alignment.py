@@ -1,7 +1,9 @@
-"""Which position meets which, on real text: the published choices, and the aligned ones."""
+"""Which position meets which, on real text: the published choices, the aligned ones, and single published ones put back
+into aligned."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kd import models
+from kd.config import Quirk
 from kd.dataset import Example
-from kd.distill.alignment import match_examples, published_teacher_order
+from kd.distill.alignment import Match, match_examples, published_teacher_order
 from kd.prompts import PROMPTS
 from kd.teacher.capture import teacher_reading
 from kd.teacher.store import Reading
 
 QUESTION, ANSWER = "Tom has 3 apples and buys 4 more. How many now?", "How many? ** Tom has 3 + 4 = <<3+4=7>>7.\n#### 7"
+
+
+# A question and an answer of few tokens, and the beginning of the prompt `teacher` as the tiny tokenizer cuts it.
+SHORT_QUESTION, SHORT_ANSWER, PRIMED = "2 + 3?", "5", f"{PROMPTS['teacher']}2 + 3?"
 
 
 @pytest.fixture
@@ -113,3 +120,88 @@ def test_no_overlap_is_an_error_that_names_the_example(tokenizer: Any) -> None:
         match_examples(
             "published", [example(7, "Why?", "Because.")], tokenizer, 256, [Reading("train-00007", [], (0, 0))]
         )
+
+
+def aligned(tokenizer: Any, one: Example, prompt: str, *quirks: Quirk) -> tuple[Reading, Match]:
+    """What the teacher reads for an example, and what of it meets the student."""
+    reading = teacher_reading(tokenizer, "aligned", prompt, one, quirks)
+    (match,) = match_examples("aligned", [one], tokenizer, 256, [reading], quirks).kept
+    return reading, match
+
+
+@pytest.mark.parametrize(
+    ("quirks", "student_is_to_say", "teacher_has_read"),
+    [
+        ([], ["\n", "5"], [f"<s>{PRIMED}", f"<s>{PRIMED}\n"]),
+        (["label-shift"], ["?", "\n"], [f"<s>{PRIMED}", f"<s>{PRIMED}\n"]),
+        (["bos"], ["\n", "5"], [f"{PRIMED}\n", f"{PRIMED}\n5"]),
+        (["prompt-offset"], ["\n", "5"], ["<s>As a te", "<s>As a teac"]),
+        (["bos", "prompt-offset"], ["\n", "5"], ["As a teac", "As a teache"]),
+    ],
+)
+def test_with_each_quirk_a_row_meets_another_token_or_another_row_of_the_teacher(
+    tokenizer: Any, quirks: list[Quirk], student_is_to_say: list[str], teacher_has_read: list[str]
+) -> None:
+    reading, match = aligned(tokenizer, example(1, SHORT_QUESTION, SHORT_ANSWER), "teacher", *quirks)
+    rows = range(match.first_row, match.first_row + 2)
+    assert [tokenizer.decode(match.input_ids[: row + 1]) for row in rows] == ["<s>2 + 3?", "<s>2 + 3?\n"]
+    assert [tokenizer.decode([label]) for label in match.labels] == student_is_to_say
+    assert [tokenizer.decode(reading.token_ids[: row + 1]) for row in range(*reading.span)] == teacher_has_read
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_label_shift_is_only_a_matter_of_the_labels(tokenizer: Any, prompt: str) -> None:
+    plain, shifted = aligned(tokenizer, example(1), prompt), aligned(tokenizer, example(1), prompt, "label-shift")
+    assert shifted[0] == plain[0]
+    read = shifted[1].input_ids[shifted[1].first_row :]
+    assert shifted[1] == replace(plain[1], labels=read[: len(plain[1].labels)])
+    assert tokenizer.decode(shifted[1].labels) == f"?\n{ANSWER}".removesuffix(" 7")  # of all but the last token
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_bos_leaves_the_teacher_without_it_and_its_rows_one_token_ahead(tokenizer: Any, prompt: str) -> None:
+    (plain, met), (quirky, match) = (aligned(tokenizer, example(1), prompt, *quirks) for quirks in ([], ["bos"]))
+    assert match == met
+    assert quirky.token_ids == plain.token_ids[1:]
+    assert quirky.span == plain.span  # as if BOS were there
+    assert quirky.span[1] - quirky.span[0] == len(match.labels)
+    # A row has read the very token that the student is to say.
+    assert [quirky.token_ids[row] for row in range(*quirky.span)] == match.labels
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_prompt_offset_takes_rows_as_many_tokens_back_as_the_prompt_has(tokenizer: Any, prompt: str) -> None:
+    (plain, met), (quirky, match) = (
+        aligned(tokenizer, example(1), prompt, *quirks) for quirks in ([], ["prompt-offset"])
+    )
+    assert match == met
+    assert quirky.token_ids == plain.token_ids
+    bare = teacher_reading(tokenizer, "aligned", "base", example(1))
+    prompt_tokens = len(plain.token_ids) - len(bare.token_ids)
+    assert (prompt_tokens > 0) == (prompt != "base")
+    assert quirky.span == (plain.span[0] - prompt_tokens, plain.span[1] - prompt_tokens)
+    assert quirky.span[0] == match.first_row  # the student's positions, taken for the teacher's
+
+
+def test_teacher_order_gives_each_example_the_teachers_rows_for_another_cut_to_the_shorter(tokenizer: Any) -> None:
+    examples = [example(i, target=f"#### {'1' * i}") for i in range(1, 13)]
+    teachers = [teacher_reading(tokenizer, "aligned", "base", one, ["teacher-order"]) for one in examples]
+    assert teachers == [teacher_reading(tokenizer, "aligned", "base", one) for one in examples]
+    plain = match_examples("aligned", examples, tokenizer, 256, teachers).kept
+    quirky = match_examples("aligned", examples, tokenizer, 256, teachers, ["teacher-order"]).kept
+    assert [match.teacher_id for match in quirky] == [f"train-{i:05d}" for i in (1, 10, 11, 12, 2, 3, 4, 5, 6, 7, 8, 9)]
+    rows = {one.example_id: one.span[1] - one.span[0] for one in teachers}
+    assert len(set(rows.values())) > 2
+    for match, own in zip(quirky, plain, strict=True):
+        kept = min(len(own.labels), rows[str(match.teacher_id)])
+        assert match == replace(own, labels=own.labels[:kept], teacher_id=match.teacher_id)
+
+
+def test_teacher_order_still_refuses_another_answer_where_an_example_meets_its_own_rows(tokenizer: Any) -> None:
+    examples = [example(i) for i in range(1, 13)]
+    teachers = [teacher_reading(tokenizer, "aligned", "base", one) for one in examples]
+    changed = [examples[0], example(2, target="Two."), *examples[2:]]
+    assert len(match_examples("aligned", changed, tokenizer, 256, teachers, ["teacher-order"]).kept) == 12
+    changed = [example(1, target="One."), *examples[1:]]
+    with pytest.raises(models.UserError, match="train-00001: teacher and student read other tokens as the answer"):
+        match_examples("aligned", changed, tokenizer, 256, teachers, ["teacher-order"])

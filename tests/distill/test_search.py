@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from kd.cli import main
@@ -54,6 +57,75 @@ def test_the_test_split_judges_only_when_asked_and_with_a_warning(capsys: pytest
     assert "trials: 2" in captured.out
 
 
+def trials() -> list[optuna.trial.FrozenTrial]:
+    """The finished trials of the one study in the default file."""
+    storage = f"sqlite:///{FOLDER / 'study.db'}"
+    return optuna.load_study(study_name=None, storage=storage).get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+
+
+def test_a_range_of_learning_rates_is_searched_by_its_logarithm(
+    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready["search"] |= {"alpha": [0.5, 0.5], "temperature": [2.0, 2.0], "learning_rate": [1e-3, 0.05]}
+    write_params(ready)
+    assert main(["search", "teacher-kd", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)
+    assert list(best) == ["alpha", "temperature", "learning_rate", "cross_entropy", "trials"]
+    assert (best["alpha"], best["temperature"]) == (0.5, 2)
+    # They differ in nothing but the rate, which therefore is what they were trained at.
+    one, other = trials()
+    assert one.value != other.value
+    for trial in (one, other):
+        assert 1e-3 <= trial.params["learning_rate"] <= 0.05
+        assert trial.distributions["learning_rate"].log
+    assert best["learning_rate"] == min((one, other), key=lambda trial: trial.value).params["learning_rate"]
+
+
+# Two processes that are at `kd search` together; forked, so that the libraries are imported once. What each says is in
+# a file of its own.
+TOGETHER = """if True:
+    import os
+    import peft, optuna.visualization.matplotlib
+    from kd.cli import main
+    from kd.distill import search
+
+    children = []
+    for name in ("one", "other"):
+        child = os.fork()
+        if child == 0:
+            said = os.open(name, os.O_WRONLY | os.O_CREAT)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            os._exit(main(["search", "teacher-kd"]))
+        children.append(child)
+    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+
+
+def test_two_processes_at_once_share_a_study_and_leave_one_whole_result(
+    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+) -> None:
+    ready["search"]["trials"] = 1  # the study is begun, as Optuna makes a new one's tables without a lock
+    write_params(ready)
+    assert main(["search", "teacher-kd"]) == 0
+    ready["search"]["trials"] = 8
+    write_params(ready)
+    done = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True)
+    said = [Path(name).read_text() for name in ("one", "other")]
+    assert done.stdout == "[0, 0]\n", (done.stderr, said)
+    assert all("trial " in text for text in said)  # both took part
+    assert 8 <= len(trials()) <= 10
+    assert len({trial.number for trial in trials()}) == len(trials())
+    best = json.loads((FOLDER / "result/best.json").read_text())
+    assert 8 <= best["trials"] <= len(trials())
+    assert best["cross_entropy"] in [trial.value for trial in trials()]
+    assert sorted(path.name for path in (FOLDER / "result").iterdir()) == [
+        "best.json",
+        *(f"{name}.png" for name in ("contour", "edf", "optimization_history", "slice")),
+    ]
+    assert not list(Path("artifacts/.partial").iterdir())
+
+
 def test_unusable_searches_exit_2(
     ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,3 +139,7 @@ def test_unusable_searches_exit_2(
     write_params(ready)
     assert main(["search", "teacher-kd"]) == 2
     assert "search.eval_rows: 12 rows to judge by, but only 12 examples" in capsys.readouterr().err
+    ready["search"] |= {"eval_rows": 4, "learning_rate": [0.05, 1e-3]}
+    write_params(ready)
+    assert main(["search", "teacher-kd"]) == 2
+    assert "search: learning_rate: expected [low, high], found [0.05, 0.001]" in capsys.readouterr().err

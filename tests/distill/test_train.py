@@ -135,6 +135,21 @@ def test_same_bytes_twice_and_learning_rate_falls_and_climbs_back() -> None:
     assert rates[-1] > 0.9 * rates[0]
 
 
+def test_the_loss_curve_has_a_line_for_each_step_and_the_last_ones_values_beside(ready: dict[str, Any]) -> None:
+    assert main(["train", "teacher-kd"]) == 0
+    curves = {}
+    for name in ("loss", "cross_entropy", "divergence", "learning_rate"):
+        header, *lines = (ADAPTER / f"loss/plots/metrics/{name}.tsv").read_text().splitlines()
+        assert header == f"step\t{name}"
+        assert [line.split("\t")[0] for line in lines] == [str(step) for step in range(24)]
+        curves[name] = [float(line.split("\t")[1]) for line in lines]
+    alpha, temperature = ready["distill"]["alpha"], ready["distill"]["temperature"]
+    parts = zip(curves["cross_entropy"], curves["divergence"], strict=True)
+    assert curves["loss"] == pytest.approx([alpha * ce + (1 - alpha) * temperature**2 * kl for ce, kl in parts])
+    last = {name: values[-1] for name, values in curves.items()}
+    assert json.loads((ADAPTER / "loss/metrics.json").read_text()) == {"step": 23, **last}
+
+
 def test_adapter_loads_with_peft_and_says_what_it_is(ready: dict[str, Any], tiny_llama: Path) -> None:
     assert main(["train", "teacher-kd"]) == 0
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)

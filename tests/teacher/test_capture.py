@@ -174,6 +174,68 @@ def test_store_of_another_tokenizer_or_model_is_refused(
     assert str(tmp_path / "other") in error
 
 
+@pytest.mark.parametrize(
+    ("quirk", "message"),
+    [
+        ("bos", "captured with another tokenizer (bos False,"),
+        ("prompt-offset", "row 1 (train-00001): the rows of tokens ("),
+    ],
+)
+def test_a_quirk_that_is_the_teachers_keeps_other_rows_and_is_refused_without(
+    quirk: str,
+    message: str,
+    tiny_params: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    tiny_llama: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_params["distill"] |= {"protocol": "aligned", "quirks": [quirk], "epochs": 1}
+    write_params(tiny_params)
+    for command in (["prepare"], ["head"], ["teacher", "teacher"], ["train", "teacher-kd"]):
+        assert main(command) == 0
+    opened = TeacherStore(STORE)
+    model, tokenizer = models.load_model(tiny_llama, "float32", "cpu"), models.load_tokenizer(tiny_llama)
+    for example in read_examples(Path("artifacts/mini/data/train.jsonl")):
+        primed_ids, question, answer = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (primed("teacher", example.question), example.question, "\n" + example.target)
+        )
+        # The row before the answer, counted as if BOS had been read, or as if the prompt had not.
+        first = len(primed_ids) if quirk == "bos" else len(question)
+        read = primed_ids + answer if quirk == "bos" else [tokenizer.bos_token_id, *primed_ids, *answer]
+        with torch.inference_mode():
+            expected = model(torch.tensor([read])).logits[0, first : first + len(answer)]
+        rebuilt = opened.logits(example.id)
+        assert rebuilt.shape == expected.shape
+        assert (rebuilt - expected).abs().max() < 2e-3 * expected.abs().max()
+    capsys.readouterr()
+    tiny_params["distill"]["quirks"] = []
+    write_params(tiny_params)
+    assert main(["train", "teacher-kd"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_quirk_that_is_not_the_teachers_trains_on_the_store_that_is_there(
+    tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+) -> None:
+    def trained(*quirks: str) -> bytes:
+        tiny_params["distill"] |= {"protocol": "aligned", "quirks": list(quirks), "epochs": 1}
+        write_params(tiny_params)
+        assert main(["train", "teacher-kd"]) == 0
+        return Path("artifacts/mini/adapters/teacher-kd/adapter_model.safetensors").read_bytes()
+
+    tiny_params["distill"]["protocol"] = "aligned"
+    write_params(tiny_params)
+    for command in (["prepare"], ["head"], ["teacher", "teacher"]):
+        assert main(command) == 0
+    before = MANIFEST.read_bytes()
+    students = {trained(), trained("label-shift"), trained("teacher-order"), trained("teacher-order", "label-shift")}
+    assert len(students) == 4
+    card = Path("artifacts/mini/adapters/teacher-kd/README.md").read_text()
+    assert "- protocol: aligned but for teacher-order, label-shift" in card
+    assert MANIFEST.read_bytes() == before
+
+
 def test_unknown_prompt_and_missing_data_exit_2(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
