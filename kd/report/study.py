@@ -68,6 +68,7 @@ class Study(Params):
     commands: dict[str, str]
     starting_divergence: dict[str, dict[str, FiniteFloat]]
     reference: References
+    planned: Count  # runs; fewer are there while the study is not over
     runs: list[dict[str, Any]] = Field(min_length=1)
     summary: dict[str, Any]
 

@@ -21,6 +21,7 @@ from kd.files import whole_file, write_text
 
 HERE = Path(__file__).parent
 PARAMS = Path("params")
+TUNED = "tuned"  # the teacher that has to be made first
 TUNED_TEACHER = Path("artifacts/tuned-teacher")
 ALL_ROWS = 7473  # of GSM8K's training split
 
@@ -241,8 +242,10 @@ class Plan:
 
     def _preparations(self) -> Iterator[Task]:
         data, rows = Arm("data", "self", None), Arm("rows", "self", None)
-        for arm in (data, rows):
-            yield Task(arm.condition, [_kd(arm, arm.at("data"), "prepare")], arm)
+        yield Task("data", [_kd(data, data.at("data"), "prepare")], data)
+        if TUNED not in {*self.study.teachers, *self.study.untrained}:
+            return
+        yield Task("rows", [_kd(rows, rows.at("data"), "prepare")], rows)
         yield Task("tuned-teacher", [Step(["tune"], TUNED_TEACHER)], rows, ["rows"], load=20)
 
     def _captures(self) -> Iterator[Task]:
@@ -299,7 +302,7 @@ class Plan:
         return Condition()
 
     def _teacher_task(self, teacher: str) -> list[str]:
-        return ["tuned-teacher"] if teacher == "tuned" else []
+        return ["tuned-teacher"] if teacher == TUNED else []
 
     def _search_arm(self, teacher: str) -> Arm:
         return Arm("search", teacher, None)

@@ -42,6 +42,7 @@ MACHINE = Path("artifacts/machine.json")
 RESULTS, README, LOGS = "results.json", "README.md", "logs"
 PACKAGES = ("torch", "transformers", "peft", "optuna", "numpy")
 POLL_S = 0.2
+JOBS = 6  # an assessment takes 4 GiB, a cohort of 15 as much as 16
 DRIVER = "python studies/smollm2-gsm8k/run.py"
 COMMANDS = {
     "runs": f"{DRIVER} run",
@@ -73,17 +74,22 @@ def main() -> int:
     except (WorkFailedError, OSError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("run.py: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 
-def run(plan: Plan, jobs: int, minutes: float | None) -> int:
+def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
     """Run tasks, `jobs` at a time, until all are done or the minutes are over; returns the exit status."""
     tasks = {task.name: task for task in plan.tasks()}
     done = {name for name, task in tasks.items() if task.done}
     failed: set[str] = set()
     running: dict[str, tuple[subprocess.Popen[bytes], str | None]] = {}  # with its GPU
     write_whole_file(MACHINE, json.dumps(_machine(), indent=1) + "\n")
-    gpus, deadline = _visible_gpus(), time.monotonic() + 60 * (minutes or float("inf"))
+    gpus = _visible_gpus()
+    jobs = jobs or JOBS * len(gpus) or 1
+    deadline = time.monotonic() + 60 * (minutes or float("inf"))
     with progress((), "study", "task", len(tasks)) as bar, _ended_with_us(running):
         bar.update(len(done))
         while time.monotonic() < deadline:
@@ -193,6 +199,7 @@ def results(plan: Plan, folder: Path) -> None:
             name: read_json(plan.start(name), "a measure")["divergence"] for name in plan.study.teachers
         },
         "reference": plan.study.reference,
+        "planned": len(plan.runs()),
         "runs": records,
     }
     document["summary"] = summarise(document)
@@ -213,8 +220,11 @@ def _scored(answered: list[Any], rules: str) -> dict[str, Any]:
 
 
 def _settings(plan: Plan, arm: Arm) -> dict[str, Any]:
+    """What shaped an arm's runs; not where GSM8K lay."""
     document = plan.document(arm)
-    return {key: document[key] for key in ("seed", "dataset", "teacher", "student", "distill", "assess")}
+    document["dataset"].pop("path", None)
+    keys = ("seed", "dataset", "teacher", "student", "distill", "search", "assess", "experiments")
+    return {key: document[key] for key in keys}
 
 
 def _count(split: str) -> int:
@@ -277,7 +287,6 @@ def _visible_gpus() -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    cores = len(os.sched_getaffinity(0))
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--conditions", type=Path, default=HERE / "conditions.yaml", help="the study (beside this file)"
@@ -289,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     begin = commands.add_parser("run", parents=[shared], help="do what is missing, several tasks at a time")
-    begin.add_argument("--jobs", type=int, default=cores, help=f"tasks at a time, spread over the GPUs ({cores})")
+    begin.add_argument("--jobs", type=int, help=f"tasks at a time ({JOBS} for each GPU, or 1 without any)")
     begin.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
     one = commands.add_parser("task", parents=[shared], help="do one task, in this process")
     one.add_argument("name", help="as the progress bar and said/ name it, such as aligned-self-s1/base-kd")

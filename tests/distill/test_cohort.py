@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 
 from kd.cli import main
 from kd.config import Config, load_config
+from kd.distill import checkpoint, cohort
 from kd.distill.cohort import train_cohort
+from kd.errors import UserError
 
 Write = Callable[[dict[str, Any]], None]
 STATE = Path("artifacts/cohort")
@@ -64,3 +67,62 @@ def test_a_cohorts_students_are_those_trained_alone(params: dict[str, Any], writ
         alone = weights(config, experiment)
         assert (ours - alone).norm() / alone.norm() < 1e-5
     assert (together[1] - together[3]).norm() / together[1].norm() > 1e-3
+
+
+def test_a_killed_cohort_goes_on_and_ends_in_the_same_bytes(
+    params: dict[str, Any], write_params: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params["distill"]["checkpoint_every"] = 8
+    runs = [(variant(params, write_params, f"seed-{seed}", seed=seed), "teacher-kd") for seed in (1, 2)]
+    train_cohort(runs, STATE)
+    whole = [weights(config, experiment) for config, experiment in runs]
+    shutil.rmtree(STATE)
+    real, steps = cohort.descend, []
+
+    def killed(*arguments: Any) -> Iterator[checkpoint.Record]:
+        for record in real(*arguments):
+            if record.step == 13:
+                raise KeyboardInterrupt
+            yield record
+
+    monkeypatch.setattr(cohort, "descend", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_cohort(runs, STATE)
+    assert not STATE.exists()
+
+    def counted(*arguments: Any) -> Iterator[checkpoint.Record]:
+        for record in real(*arguments):
+            steps.append(record.step)
+            yield record
+
+    monkeypatch.setattr(cohort, "descend", counted)
+    train_cohort(runs, STATE)
+    assert steps[0] == 9
+    assert all(torch.equal(weights(*run), bits) for run, bits in zip(runs, whole, strict=True))
+    assert not torch.equal(*whole)
+
+
+def test_runs_that_cannot_share_a_forward_are_refused(params: dict[str, Any], write_params: Write) -> None:
+    plain = variant(params, write_params, "plain")
+    longer = variant(params, write_params, "longer", epochs=3)
+    with pytest.raises(UserError, match="longer/base-kd: other settings than the cohort's first run"):
+        train_cohort([(plain, "base-kd"), (longer, "base-kd")], STATE)
+    shorter = variant(params, write_params, "shorter", max_tokens=40)
+    with pytest.raises(UserError, match="shorter/base-kd: other settings"):
+        train_cohort([(plain, "base-kd"), (shorter, "base-kd")], STATE)
+    with pytest.raises(UserError, match="a cohort needs a student with a teacher"):
+        train_cohort([(plain, "fine-tuning")], STATE)
+
+
+def test_a_student_that_diverges_leaves_the_others_alone(
+    params: dict[str, Any], write_params: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = variant(params, write_params, "plain")
+    train_cohort([(plain, "base-kd"), (plain, "teacher-kd")], STATE)
+    alone = weights(plain, "base-kd")
+    shutil.rmtree(STATE)
+    wild = variant(params, write_params, "wild", learning_rate=1e30)
+    train_cohort([(plain, "base-kd"), (wild, "teacher-kd")], STATE)
+    assert torch.equal(weights(plain, "base-kd"), alone)
+    assert "wild/adapters/teacher-kd: diverged and is left out" in capsys.readouterr().err
+    assert not (wild.artifacts / "adapters").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -143,3 +144,23 @@ def test_unusable_searches_exit_2(
     write_params(ready)
     assert main(["search", "teacher-kd"]) == 2
     assert "search: learning_rate: expected [low, high], found [0.05, 0.001]" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("ready")
+def test_trials_trained_together_are_trials(
+    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for adapter in ready["adapters"].values():
+        adapter["dropout"] = 0.0  # a cohort draws it for all together
+    ready["search"] |= {"trials": 3, "together": 2}
+    write_params(ready)
+    assert main(["search", "teacher-kd", "--json"]) == 0
+    together = json.loads(capsys.readouterr().out)
+    assert together["trials"] == 3
+    shutil.rmtree(FOLDER)
+    ready["search"]["together"] = 1
+    write_params(ready)
+    assert main(["search", "teacher-kd", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert together["cross_entropy"] == pytest.approx(alone["cross_entropy"], rel=1e-3)
+    assert (together["alpha"], together["temperature"]) == (alone["alpha"], alone["temperature"])

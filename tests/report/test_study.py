@@ -73,6 +73,7 @@ def written() -> dict[str, Any]:
         "settings": {"epochs": 1},
         "search": {},
         "commands": {"all": "python study.py"},
+        "planned": 100,
         "starting_divergence": {"self": {"base": 0.0, "teacher": 0.25}},
         "reference": {"quirks": {"condition": "aligned", "experiment": "ground-truth-kd"}},
         "runs": [
