@@ -24,7 +24,16 @@ from kd.distill.checkpoint import Record
 from kd.distill.lean import LeanLlama, runs_lean
 from kd.distill.objective import cross_entropy, divergence
 from kd.distill.step import Batch, EagerStep, GraphStep, make_batch, on_device
-from kd.distill.train import Lesson, fresh_student, learning_rate, prepare_lesson, run_key, save_adapter, step_count
+from kd.distill.train import (
+    Lesson,
+    fresh_student,
+    learning_rate,
+    prepare_lesson,
+    read_behind,
+    run_key,
+    save_adapter,
+    step_count,
+)
 from kd.errors import UserError
 from kd.files import resumable_folder, whole_folder
 from kd.progress import progress
@@ -209,10 +218,12 @@ def begin(members: list[Member], matches: list[list[Match]]) -> tuple[Any, Cohor
 def descend(
     members: list[Member], matches: list[list[Match]], step: EagerStep | GraphStep, done: int = 0
 ) -> Iterator[Record]:
-    """Train from update `done` on; each record's losses are the means over the students."""
+    """Train from update `done` on; each record's losses and rate are the means over the students."""
     settings = [member.settings for member in members]
     steps = step_count(matches[0], settings[0])
-    rates = torch.tensor([[[learning_rate(i, one)] for one in settings] for i in range(steps)], device=step.device)
+    rates = torch.tensor([[[learning_rate(i, one)] for one in settings] for i in range(steps)])
+    shared = rates.mean((1, 2)).tolist()
+    rates = rates.to(step.device)
     batches = list(zip(*(_owned(number, own) for number, own in enumerate(matches)), strict=True))
     ahead = (batches * settings[0].epochs)[done:]
     width = next(member.lesson.store.manifest.width for member in members if member.lesson.store)
@@ -225,12 +236,12 @@ def descend(
         return member.lesson.states(teacher_id)
 
     tensors = on_device((make_batch(list(batch), states, step.bucket) for batch in ahead), step.device)
-    for number, (batch, inputs) in enumerate(zip(ahead, tensors, strict=True), start=done):
-        losses = step(inputs, rates[number])
-        at_rest = (number + 1) % settings[0].checkpoint_every == 0 or number + 1 == steps
-        # Reading a loss waits for the GPU, so it is read when there is a checkpoint to write anyway.
-        total, ce, kl = losses.mean(1).tolist() if at_rest else (float("nan"),) * 3
-        yield Record(number + 1, [batch[0].example_id], total, ce, kl, settings[0].learning_rate)
+    launched = (
+        (number, step(inputs, rates[number - 1]).mean(1)) for number, inputs in enumerate(tensors, start=done + 1)
+    )
+    for number, (total, ce, kl) in read_behind(launched, settings[0].checkpoint_every, steps):
+        example = ahead[number - done - 1][0].example_id
+        yield Record(number, [example], total, ce, kl, shared[number - 1])
 
 
 def _owned(number: int, matches: list[Match]) -> list[Match]:

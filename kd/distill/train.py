@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -164,19 +164,36 @@ def descend(
 ) -> Iterator[Record]:
     """Train, from update `done` on: for each epoch and batch one update and one scheduler step.
 
-    A GPU is kept busy by launching an update before the losses of the one before are read; every `checkpoint_every`
-    updates all are read before the next launch, so the weights are then those after the last record.
+    After a record whose number is a multiple of `checkpoint_every`, and the last, the weights are as its update left them.
     """
     batches = [matches[i : i + settings.batch_rows] for i in range(0, len(matches), settings.batch_rows)]
     ahead = (batches * settings.epochs)[done:]
     tensors = on_device((make_batch(batch, states, step.bucket) for batch in ahead), step.device)
-    launched: deque[tuple[list[Match], float, torch.Tensor, torch.cuda.Event | None]] = deque()
-    for number, (batch, inputs) in enumerate(zip(ahead, tensors, strict=True), start=done + 1):
+    launched = (
+        (number, step(inputs, learning_rate(number - 1, settings)))
+        for number, inputs in enumerate(tensors, start=done + 1)
+    )
+    for number, losses in read_behind(launched, settings.checkpoint_every, done + len(ahead)):
+        total, cross_entropy, divergence = losses
+        examples = [match.example_id for match in ahead[number - done - 1]]
         rate = learning_rate(number - 1, settings)
-        launched.append((batch, rate, *_on_host(step(inputs, rate))))
-        unread = 0 if number % settings.checkpoint_every == 0 or number == done + len(ahead) else 1
-        while len(launched) > unread:
-            yield _record(number - len(launched) + 1, states is not None, *launched.popleft())
+        yield Record(number, examples, total, cross_entropy, divergence if states else None, rate)
+
+
+def read_behind(
+    launched: Iterable[tuple[int, torch.Tensor]], every: int, last: int
+) -> Iterator[tuple[int, list[float]]]:
+    """The numbers of updates and their losses [3]. A GPU is kept busy by launching an update before the losses of the
+    one before are read; at a multiple of `every` and at the `last` all are read before the next launch."""
+    waiting: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+    for number, losses in launched:
+        waiting.append((number, *_on_host(losses)))
+        unread = 0 if number % every == 0 or number == last else 1
+        while len(waiting) > unread:
+            earlier, host, arrived = waiting.popleft()
+            if arrived:
+                arrived.synchronize()
+            yield earlier, host.tolist()
 
 
 def evaluate(model: Any, matches: list[Match], states: States | None, head: Head | None, settings: Distill) -> Loss:
@@ -239,16 +256,6 @@ def _on_host(losses: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | Non
     host = torch.empty(losses.shape, pin_memory=True)
     host.copy_(losses, non_blocking=True)
     return host, torch.cuda.current_stream().record_event()
-
-
-def _record(
-    step: int, taught: bool, batch: list[Match], rate: float, losses: torch.Tensor, arrived: torch.cuda.Event | None
-) -> Record:
-    if arrived:
-        arrived.synchronize()
-    total, cross_entropy, divergence = losses.tolist()
-    examples = [match.example_id for match in batch]
-    return Record(step, examples, total, cross_entropy, divergence if taught else None, rate)
 
 
 @contextmanager

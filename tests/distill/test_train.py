@@ -210,7 +210,7 @@ KILL = """if True:
     from kd.cli import main
     from kd.distill import checkpoint, train
 
-    for module, name, count in ((train, "_record", 8), (checkpoint, "write_json", 1), (train, "save_adapter", 1)):
+    for module, name, count in ((train, "Record", 8), (checkpoint, "write_json", 1), (train, "save_adapter", 1)):
         child = os.fork()
         if child == 0:
             original = getattr(module, name)
@@ -239,7 +239,7 @@ def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
     before = {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()}
     shutil.rmtree(ADAPTER)
     done = subprocess.run([sys.executable, "-c", KILL], capture_output=True, text=True)
-    assert done.stdout.split("\n") == ["_record 9 False", "write_json 9 False", "save_adapter 9 False", ""], done.stderr
+    assert done.stdout.split("\n") == ["Record 9 False", "write_json 9 False", "save_adapter 9 False", ""], done.stderr
     (work,) = Path("artifacts/.partial").iterdir()
     assert [path.name for path in (work / "checkpoints").iterdir()] == ["00000024"]
     assert main(["train", "teacher-kd"]) == 0
