@@ -164,7 +164,8 @@ def descend(
 ) -> Iterator[Record]:
     """Train, from update `done` on: for each epoch and batch one update and one scheduler step.
 
-    After a record whose number is a multiple of `checkpoint_every`, and the last, the weights are as its update left them.
+    After the last record, and one whose number is a multiple of `checkpoint_every`, the weights are as its update left
+    them.
     """
     batches = [matches[i : i + settings.batch_rows] for i in range(0, len(matches), settings.batch_rows)]
     ahead = (batches * settings.epochs)[done:]
