@@ -7,6 +7,7 @@ The original judged its trials on the test split, and so chose alpha and T with 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import warnings
@@ -49,15 +50,17 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
     folder = config.artifacts / "search" / experiment
     folder.mkdir(parents=True, exist_ok=True)
     lesson, training, judges = _split(config, experiment, on_test)
-    study = optuna.create_study(
-        storage=optuna.storages.RDBStorage(
-            storage or f"sqlite:///{folder / STUDY}",
-            heartbeat_interval=HEARTBEAT_S,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-        ),
-        study_name=f"{experiment}-{'test' if on_test else len(judges)}-{run_key(config, experiment)}",
-        load_if_exists=True,
-    )
+    judged = "test" if on_test else str(len(judges))
+    with FileLock(folder / "study.lock"):  # processes begin together, and Optuna makes its tables unguarded
+        study = optuna.create_study(
+            storage=optuna.storages.RDBStorage(
+                storage or f"sqlite:///{folder / STUDY}",
+                heartbeat_interval=HEARTBEAT_S,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+            ),
+            study_name="-".join([experiment, judged, _ranges(config.search), run_key(config, experiment)]),
+            load_if_exists=True,
+        )
 
     def suggested(trial: optuna.Trial) -> Config:
         # A sampler of its own for each trial: whoever runs it, it draws the same values after the same trials.
@@ -89,8 +92,9 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
             study.tell(trial, None if diverged else loss, diverged)
     if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
         raise UserError(f"{experiment}: training diverged in every trial; lower `distill.learning_rate`")
-    best = {**study.best_params, "cross_entropy": study.best_value, "trials": len(study.get_trials(states=states))}
     with FileLock(folder / "result.lock"), whole_folder(folder / "result") as work:  # processes end together
+        # Read under the lock, so that the last result is that of all trials.
+        best = {**study.best_params, "cross_entropy": study.best_value, "trials": len(study.get_trials(states=states))}
         write_json(work / "best.json", best)
         _plots(study, work)
     return best
@@ -105,6 +109,12 @@ def _side_by_side(members: list[Member], training: list[Match], judges: list[Mat
     for number, member in enumerate(members):
         trained.show(number)
         yield float(evaluate(student.get_base_model(), judges, None, None, member.settings).cross_entropy)
+
+
+def _ranges(ranges: Search) -> str:
+    """The ranges as a part of a study's name: trials of others do not count."""
+    document = ranges.model_dump_json(include={"alpha", "temperature", "learning_rate"})
+    return hashlib.sha256(document.encode()).hexdigest()[:8]
 
 
 def _suggested(trial: optuna.Trial, ranges: Search) -> dict[str, float]:
@@ -127,7 +137,8 @@ def _split(config: Config, experiment: str, on_test: bool) -> tuple[Lesson, list
         )
         tests = read_examples(config.artifacts / "data" / "test.jsonl")
         tokenizer = models.load_tokenizer(models.model_folder(config.student.model))
-        judges = match_examples(config.distill.protocol, tests, tokenizer, config.distill.max_tokens, None)
+        how = config.distill
+        judges = match_examples(how.protocol, tests, tokenizer, how.max_tokens, None, how.quirks)
         return lesson, kept, judges.kept
     if rows >= len(kept):
         raise UserError(

@@ -305,7 +305,7 @@ def _card(config: Config, experiment: str, matches: Matches) -> str:
     base = models.model_name(config.student.model)
     source = f"teacher store `{adapter.needs}`" if adapter.prompt else "labels alone (no teacher)"
     prompt = f"- prompt of its teacher: {PROMPTS[adapter.prompt].strip() or 'none'}\n" if adapter.prompt else ""
-    quirks = f" but for {', '.join(settings.quirks)}" if settings.quirks else ""
+    quirks = f" (but for {', '.join(settings.quirks)})" if settings.quirks else ""
     llama = "\nBuilt with Llama.\n" if "llama-3" in base.lower() else ""
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     return f"""---
