@@ -232,7 +232,7 @@ def test_a_quirk_that_is_not_the_teachers_trains_on_the_store_that_is_there(
     students = {trained(), trained("label-shift"), trained("teacher-order"), trained("teacher-order", "label-shift")}
     assert len(students) == 4
     card = Path("artifacts/mini/adapters/teacher-kd/README.md").read_text()
-    assert "- protocol: aligned but for teacher-order, label-shift" in card
+    assert "- protocol: aligned (but for teacher-order, label-shift)" in card
     assert MANIFEST.read_bytes() == before
 
 
