@@ -57,6 +57,12 @@ def main() -> int:
     """Run one command; the return value is the process's exit status."""
     options = _parser().parse_args()
     conditions, gsm8k = options.conditions.resolve(), options.gsm8k and options.gsm8k.resolve()
+    if gsm8k and not gsm8k.is_dir():
+        print(
+            f"run.py: --gsm8k: {gsm8k}: no such folder; name the one that holds train.jsonl and test.jsonl",
+            file=sys.stderr,
+        )
+        return 2
     options.work.mkdir(parents=True, exist_ok=True)
     os.chdir(options.work)
     try:

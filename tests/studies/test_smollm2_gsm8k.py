@@ -138,6 +138,8 @@ def test_the_driver_says_what_is_wrong(small: list[str], tmp_path: Path) -> None
     assert (status, "nothing: no such task; one of data, capture-aligned-self, " in said) == (2, True)
     status, said = run_to_end("results", *small)
     assert (status, "no run is done; `run.py run` makes them" in said) == (2, True)
+    status, said = run_to_end("run", *small[:-1], str(tmp_path / "nowhere"))
+    assert (status, "nowhere: no such folder; name the one that holds train.jsonl" in said) == (2, True)
     (tmp_path / "conditions.yaml").unlink()
     status, said = run_to_end("run", *small)
     assert (status, "conditions.yaml: no such file" in said) == (2, True)
