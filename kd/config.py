@@ -294,16 +294,23 @@ class Config(Params):
 
 
 def load_config(path: Path) -> Config:
-    """Read and validate a params file (YAML 1.2, as DVC reads it)."""
+    """Read and validate a params file."""
+    document = read_mapping(path, f"`cp profiles/mini.yaml {path}` makes one")
+    return validated(Config, document, str(path), "profiles/mini.yaml")
+
+
+def read_mapping(path: Path, mend: str) -> dict[str, Any]:
+    """The mapping in a YAML file (YAML 1.2, as DVC reads it); where there is none, a UserError that says how to `mend`
+    it."""
     try:
         document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `cp profiles/mini.yaml {path}` makes one") from None
+        raise UserError(f"{path}: no such file; {mend}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a mapping of keys; `cp profiles/mini.yaml {path}` makes one")
-    return validated(Config, document, str(path), "profiles/mini.yaml")
+        raise UserError(f"{path}: expected a mapping of keys; {mend}")
+    return document
 
 
 def validated(model: type[Document], document: dict[str, Any], where: str, example: str) -> Document:

@@ -12,10 +12,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from ruamel.yaml import YAML
 
-from kd.config import Config, Params, load_config
+from kd.config import Config, Params, load_config, read_mapping, validated
 from kd.errors import UserError
 from kd.files import whole_file, write_text
 
@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 PARAMS = Path("params")
 TUNED = "tuned"  # the teacher that has to be made first
 TUNED_TEACHER = Path("artifacts/tuned-teacher")
+TOGETHER = "a study's conditions.yaml and params.yaml lie in one folder"
 ALL_ROWS = 7473  # of GSM8K's training split
 
 
@@ -146,9 +147,9 @@ class Plan:
     """The study over one folder of GSM8K (None: from the Hub). All paths are relative to the working folder."""
 
     def __init__(self, conditions: Path, gsm8k: Path | None) -> None:
-        self.study = _load(conditions)
+        self.study = validated(Study, read_mapping(conditions, TOGETHER), str(conditions), "conditions.yaml")
         self.conditions = conditions
-        self._base: dict[str, Any] = _yaml(conditions.with_name("params.yaml"))
+        self._base = read_mapping(conditions.with_name("params.yaml"), TOGETHER)
         self.gsm8k = gsm8k
 
     def runs(self) -> list[Run]:
@@ -255,7 +256,8 @@ class Plan:
             capture = self._capture_arm(run.arm)
             if capture:
                 wanted.setdefault(capture, set())
-                prompt = prompt_of(Config.model_validate(self.document(capture)), run.experiment)
+                config = validated(Config, self.document(capture), str(capture.params), "profiles/mini.yaml")
+                prompt = prompt_of(config, run.experiment)
                 wanted[capture] |= {prompt} if prompt else set()
         for arm, prompts in wanted.items():
             steps = [_kd(arm, arm.at("teacher", "head"), "head")]
@@ -323,22 +325,6 @@ def prompt_of(config: Config, experiment: str) -> str | None:
     """The prompt whose teacher an experiment's student learns from, None for a student without a teacher."""
     adapter = config.experiments[experiment].adapter
     return config.adapters[adapter].prompt if adapter else None
-
-
-def _load(path: Path) -> Study:
-    try:
-        return Study.model_validate(_yaml(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from None
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a study's conditions.yaml and params.yaml lie in one folder") from None
 
 
 def _kd(arm: Arm, made: Path, *command: str) -> Step:
