@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kd.distill.step import Descending
+from kd.distill.step import Descent
 from kd.errors import UserError
 from kd.files import read_json, whole_folder, write_json
 
@@ -28,7 +28,7 @@ class Record:
     learning_rate: float
 
 
-def save(folder: Path, descent: Descending, curve: list[Record]) -> None:
+def save(folder: Path, descent: Descent, curve: list[Record]) -> None:
     """Keep the state after the last update of `curve` as `folder`/<its number>, whole, in place of earlier ones."""
     tensors = {"weights": descent.weights, "momenta": descent.momenta, **_random_states()}
     target = folder / f"{len(curve):08d}"
@@ -40,7 +40,7 @@ def save(folder: Path, descent: Descending, curve: list[Record]) -> None:
             shutil.rmtree(earlier)
 
 
-def load(folder: Path, descent: Descending) -> list[Record]:
+def load(folder: Path, descent: Descent) -> list[Record]:
     """Take the state of the latest checkpoint, if there is one; the loss curve up to it."""
     found = _found(folder)
     if not found:

@@ -21,9 +21,9 @@ from kd.config import Config, Distill
 from kd.distill import checkpoint
 from kd.distill.alignment import Match
 from kd.distill.checkpoint import Record
-from kd.distill.lean import LeanLlama, runs_lean
+from kd.distill.lean import runs_lean
 from kd.distill.objective import cross_entropy, divergence
-from kd.distill.step import Batch, EagerStep, GraphStep, make_batch, on_device
+from kd.distill.step import Batch, Descent, EagerStep, GraphStep, make_batch, on_device
 from kd.distill.train import (
     Lesson,
     fresh_student,
@@ -102,23 +102,19 @@ class CohortLoss(torch.autograd.Function):
         return ctx.gradient * upstream[0].to(ctx.gradient.dtype), *(None,) * 7
 
 
-class Cohort:
-    """The students' trained weights and momenta [students, trained], and one update of all: `Descent` for several.
+class Cohort(Descent):
+    """The same for several students: their trained weights and momenta [students, trained], and one update of all.
 
-    `student` is a PEFT student whose adapter stands in for each member's; its parameters become the last member's when
-    `show` is asked to.
+    `student` is a PEFT student whose adapter has no part in training; `show` lends it a member's weights.
     """
 
     def __init__(self, student: Any, starts: list[torch.Tensor], settings: list[Distill]) -> None:
         if not runs_lean(student):
             raise UserError("student.model: only a Llama without biases is trained in a cohort; train one at a time")
-        self._parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self._model = student.get_base_model()
-        self._lean = LeanLlama(student)
-        self._common = settings[0]
+        super().__init__(student, settings[0], lean=True)
         self.weights = torch.stack(starts)
         self.momenta = torch.zeros_like(self.weights)
-        self.rates: tuple[int, ...] = (len(settings), 1)
+        self.rates = (len(settings), 1)
         device = self.weights.device
         self._alpha = torch.tensor([[one.alpha] for one in settings], device=device)
         self._temperature = torch.tensor([[one.temperature] for one in settings], device=device)
@@ -128,8 +124,7 @@ class Cohort:
         assert head
         students, width = batch.input_ids.shape
         owner = batch.rows // width
-        leaf = self.weights.detach().requires_grad_()
-        hidden = self._lean(batch.input_ids, self._pieces(leaf.to(self._model.dtype)))
+        hidden, leaves = self._forward(batch.input_ids)
         matched = hidden.flatten(0, 1).index_select(0, batch.rows)
         # Every student counts whole, where `make_batch` gives each of n examples an nth.
         shares = (owner == torch.arange(students, device=owner.device)[:, None]) * (batch.weights * students)
@@ -141,32 +136,15 @@ class Cohort:
             head,
             self._alpha[owner],
             self._temperature[owner],
-            self._common,
+            self._settings,
         )
-        return losses, torch.autograd.grad(total, leaf)[0]
-
-    @torch.no_grad()
-    def apply(self, gradient: torch.Tensor, learning_rate: torch.Tensor | float) -> None:
-        """Descend along `gradient`, which is overwritten, each student at its rate [students, 1]."""
-        gradient.add_(self.weights, alpha=self._common.weight_decay)
-        self.momenta.mul_(self._common.momentum).add_(gradient)
-        self.weights.sub_(self.momenta * learning_rate)
-
-    def is_finite(self) -> bool:
-        """Whether every trained weight is a finite number."""
-        return bool(self.weights.isfinite().all())
+        return losses, torch.autograd.grad(total, leaves)[0]
 
     @torch.no_grad()
     def show(self, member: int) -> None:
         """Give the student's own adapter the weights of one member."""
         for name, piece in self._pieces(self.weights).items():
             self._parameters[name].data.copy_(piece[member])
-
-    def _pieces(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """[students, trained] as views by name, [students, *shape]."""
-        pieces = flat.split([p.numel() for p in self._parameters.values()], dim=1)
-        named = zip(self._parameters.items(), pieces, strict=True)
-        return {name: piece.unflatten(1, p.shape) for (name, p), piece in named}
 
 
 def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:

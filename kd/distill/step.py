@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -80,7 +80,7 @@ class Descent:
     `lean` computes by the forward of `kd.distill.lean`, else by the modules' own.
     """
 
-    rates: tuple[int, ...] = ()
+    rates: tuple[int, ...] = ()  # the shape of a learning rate that is a tensor
 
     def __init__(self, student: Any, settings: Distill, *, lean: bool) -> None:
         self._parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -122,26 +122,10 @@ class Descent:
         return self._lean(input_ids, self._pieces(leaf.to(self._model.dtype))), [leaf]
 
     def _pieces(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Tensors end to end, as views by name and in shape."""
-        pieces = flat.split([p.numel() for p in self._parameters.values()])
-        return {name: piece.view(p.shape) for (name, p), piece in zip(self._parameters.items(), pieces, strict=True)}
-
-
-class Descending(Protocol):
-    """What a step drives: a student, or several side by side (`kd.distill.cohort`)."""
-
-    weights: torch.Tensor
-    momenta: torch.Tensor
-    rates: tuple[int, ...]
-
-    def gradient(self, batch: Batch, head: Head | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The losses of a batch, and the gradient of the weights."""
-
-    def apply(self, gradient: torch.Tensor, learning_rate: torch.Tensor | float) -> None:
-        """Descend along the gradient; a tensor's shape is `rates`."""
-
-    def is_finite(self) -> bool:
-        """Whether every trained weight is a finite number."""
+        """Tensors end to end in the last dimension, as views by name and in shape."""
+        pieces = flat.split([p.numel() for p in self._parameters.values()], dim=-1)
+        named = zip(self._parameters.items(), pieces, strict=True)
+        return {name: piece.unflatten(-1, p.shape) for (name, p), piece in named}
 
 
 class EagerStep:
@@ -149,7 +133,7 @@ class EagerStep:
 
     bucket = 1
 
-    def __init__(self, descent: Descending, head: Head | None, device: torch.device) -> None:
+    def __init__(self, descent: Descent, head: Head | None, device: torch.device) -> None:
         self.descent = descent
         self.device = device
         self._head = head
@@ -166,7 +150,7 @@ class GraphStep:
 
     bucket = BUCKET
 
-    def __init__(self, descent: Descending, head: Head | None, device: torch.device) -> None:
+    def __init__(self, descent: Descent, head: Head | None, device: torch.device) -> None:
         self.descent = descent
         self.device = device
         self._head = head

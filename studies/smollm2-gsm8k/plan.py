@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,8 +15,7 @@ from pydantic import Field
 from ruamel.yaml import YAML
 
 from kd.config import Config, Params, load_config, read_mapping, validated
-from kd.errors import UserError
-from kd.files import whole_file, write_text
+from kd.files import read_json, whole_file, write_text
 
 HERE = Path(__file__).parent
 PARAMS = Path("params")
@@ -97,6 +95,9 @@ class Arm:
     def at(self, *parts: str) -> Path:
         """A path among its results."""
         return Path("artifacts", self.profile, *parts)
+
+
+DATA = Arm("data", "self", None)  # whose rows all others share
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Plan:
         with whole_file(arm.params, PARAMS / f".{arm.profile}-{os.getpid()}") as work:
             write_text(work, text.getvalue())
         if arm.condition not in ("rows", "data"):
-            _link(arm.at("data"), Arm("data", "self", None).at("data"))
+            _link(arm.at("data"), DATA.at("data"))
         capture = self._capture_arm(arm)
         if capture and capture != arm:
             _link(arm.at("teacher"), capture.at("teacher"))
@@ -223,10 +224,7 @@ class Plan:
 
     def searched(self, teacher: str) -> dict[str, float]:
         """The values under `distill` that the search found for a teacher."""
-        best = self.best(teacher)
-        if not best.exists():
-            raise UserError(f"{best}: no such file; the search for the {teacher} teacher is not over")
-        found: dict[str, float] = json.loads(best.read_text(encoding="utf-8"))
+        found: dict[str, float] = read_json(self.best(teacher), f"what the search for the {teacher} teacher found")
         return found
 
     def best(self, teacher: str) -> Path:
@@ -242,10 +240,10 @@ class Plan:
         return [name for name in self.study.teachers[teacher].adapters if only is None or name in only]
 
     def _preparations(self) -> Iterator[Task]:
-        data, rows = Arm("data", "self", None), Arm("rows", "self", None)
-        yield Task("data", [_kd(data, data.at("data"), "prepare")], data)
+        yield Task("data", [_kd(DATA, DATA.at("data"), "prepare")], DATA)
         if TUNED not in {*self.study.teachers, *self.study.untrained}:
             return
+        rows = Arm("rows", "self", None)
         yield Task("rows", [_kd(rows, rows.at("data"), "prepare")], rows)
         yield Task("tuned-teacher", [Step(["tune"], TUNED_TEACHER)], rows, ["rows"], load=20)
 

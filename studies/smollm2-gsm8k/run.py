@@ -24,15 +24,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from plan import HERE, Arm, Plan, Run, Task, prompt_of
+from plan import DATA, HERE, Arm, Plan, Run, Task, prompt_of
 
 from kd.assess.extract import extract
 from kd.assess.score import is_correct, read_answered
 from kd.cli import main as kd
 from kd.config import Config
+from kd.dataset import read_examples
 from kd.errors import UserError, WorkFailedError
 from kd.files import read_json, sha256, whole_file, whole_folder, write_text, write_whole_file
-from kd.machine import read_driver, read_gpus
+from kd.machine import Gpu, read_driver, read_gpus
 from kd.progress import progress
 from kd.report.study import pack_right, read_study, summarise, with_tables
 
@@ -57,15 +58,11 @@ def main() -> int:
     """Run one command; the return value is the process's exit status."""
     options = _parser().parse_args()
     conditions, gsm8k = options.conditions.resolve(), options.gsm8k and options.gsm8k.resolve()
-    if gsm8k and not gsm8k.is_dir():
-        print(
-            f"run.py: --gsm8k: {gsm8k}: no such folder; name the one that holds train.jsonl and test.jsonl",
-            file=sys.stderr,
-        )
-        return 2
-    options.work.mkdir(parents=True, exist_ok=True)
-    os.chdir(options.work)
     try:
+        if gsm8k and not gsm8k.is_dir():
+            raise UserError(f"--gsm8k: {gsm8k}: no such folder; name the one that holds train.jsonl and test.jsonl")
+        options.work.mkdir(parents=True, exist_ok=True)
+        os.chdir(options.work)
         plan = Plan(conditions, gsm8k)
         match options.command:
             case "run":
@@ -92,8 +89,9 @@ def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
     done = {name for name, task in tasks.items() if task.done}
     failed: set[str] = set()
     running: dict[str, tuple[subprocess.Popen[bytes], str | None]] = {}  # with its GPU
-    write_whole_file(MACHINE, json.dumps(_machine(), indent=1) + "\n")
-    gpus = _visible_gpus()
+    found = read_gpus()
+    write_whole_file(MACHINE, json.dumps(_machine(found), indent=1) + "\n")
+    gpus = _visible_gpus(len(found))
     jobs = jobs or JOBS * len(gpus) or 1
     deadline = time.monotonic() + 60 * (minutes or float("inf"))
     with progress((), "study", "task", len(tasks)) as bar, _ended_with_us(running):
@@ -193,7 +191,7 @@ def results(plan: Plan, folder: Path) -> None:
     document = {
         "study": plan.study.study,
         "question": plan.study.question,
-        "rows": {"train": _count("train"), "test": _count("test")},
+        "rows": {split: len(read_examples(DATA.at("data", f"{split}.jsonl"))) for split in ("train", "test")},
         **machine,
         "settings": {"tuned_teacher": plan.study.tuned_teacher.model_dump()}
         | {arm.profile: _settings(plan, arm) for arm in dict.fromkeys(run.arm for run in runs)},
@@ -202,7 +200,9 @@ def results(plan: Plan, folder: Path) -> None:
         },
         "commands": COMMANDS,
         "starting_divergence": {
-            name: read_json(plan.start(name), "a measure")["divergence"] for name in plan.study.teachers
+            name: read_json(plan.start(name), "a measure")["divergence"]
+            for name in plan.study.teachers
+            if plan.start(name).exists()
         },
         "reference": plan.study.reference,
         "planned": len(plan.runs()),
@@ -231,11 +231,6 @@ def _settings(plan: Plan, arm: Arm) -> dict[str, Any]:
     document["dataset"].pop("path", None)
     keys = ("seed", "dataset", "teacher", "student", "distill", "search", "assess", "experiments")
     return {key: document[key] for key in keys}
-
-
-def _count(split: str) -> int:
-    with Arm("data", "self", None).at("data", f"{split}.jsonl").open(encoding="utf-8") as file:
-        return sum(1 for _ in file)
 
 
 def _start(plan: Plan, task: Task, gpu: str | None) -> subprocess.Popen[bytes]:
@@ -278,18 +273,18 @@ def _last_words(name: str) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def _machine() -> dict[str, Any]:
+def _machine(found: tuple[Gpu, ...]) -> dict[str, Any]:
     """What this machine is, as results.json names it."""
-    gpus = [gpu.name for gpu in read_gpus()]
+    gpus = [gpu.name for gpu in found]
     hardware = {"gpus": gpus, "driver": read_driver() if gpus else None, "cores": len(os.sched_getaffinity(0))}
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     return {"hardware": hardware, "versions": versions}
 
 
-def _visible_gpus() -> list[str]:
+def _visible_gpus(count: int) -> list[str]:
     """The GPUs that tasks are spread over, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(len(read_gpus()))]
+    return named.split(",") if named else [str(number) for number in range(count)]
 
 
 def _parser() -> argparse.ArgumentParser:
