@@ -152,7 +152,7 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
 
     `state` is the folder of the unfinished work. A UserError where the runs cannot share a forward.
     """
-    members = [Member(config, experiment, prepare_lesson(config, experiment)) for config, experiment in runs]
+    members = [Member(*run, lesson) for run, lesson in zip(runs, _lessons(runs), strict=True)]
     matches = [member.lesson.matches.kept for member in members]
     student, cohort, step = begin(members, matches)
     keys = [run_key(member.config, member.experiment) for member in members]
@@ -175,6 +175,17 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
                 save_adapter(student, member.config, member.experiment, member.lesson.matches, folder)
         for path in work.iterdir():  # what is left says that the cohort is done
             shutil.rmtree(path)
+
+
+def _lessons(runs: list[tuple[Config, str]]) -> Iterator[Lesson]:
+    """Each run's lesson, made once for runs of the same data, teacher and params that differ in their seed alone."""
+    made: dict[tuple[str, ...], Lesson] = {}
+    for config, experiment in runs:
+        read = [str((config.artifacts / part).resolve()) for part in ("data", "teacher")]
+        key = experiment, config.model_copy(update={"profile": "", "seed": 0}).model_dump_json(), *read
+        if key not in made:
+            made[key] = prepare_lesson(config, experiment)
+        yield made[key]
 
 
 def begin(members: list[Member], matches: list[list[Match]]) -> tuple[Any, Cohort, EagerStep | GraphStep]:
