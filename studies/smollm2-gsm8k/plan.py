@@ -173,6 +173,19 @@ class Plan:
         runs = map(self._run_task, self.runs())
         return [*self._preparations(), *self._captures(), *self._searches(), *self._cohorts(), *runs]
 
+    def missing(self) -> list[Task]:
+        """Of the tasks, those of runs without a record, and what these need that is not there: a teacher or an adapter
+        whose runs are over may be gone."""
+        tasks = {task.name: task for task in self.tasks()}
+        wanted: set[str] = set()
+        names = [_task_name(run) for run in self.runs()]
+        while names:
+            task = tasks[names.pop()]
+            if task.name not in wanted and not task.done:
+                wanted.add(task.name)
+                names += task.needs
+        return [task for name, task in tasks.items() if name in wanted]
+
     def run(self, arm: Arm, experiment: str) -> Run:
         """The run of an experiment in an arm."""
         return next(run for run in self.runs() if (run.arm, run.experiment) == (arm, experiment))
@@ -290,7 +303,7 @@ class Plan:
         steps = [Step(command, made[command[0]]) for command in run.commands]
         needs = [run.cohort] if run.cohort else ["data", *self._teacher_task(arm.teacher)]
         record = Step(["record", run.experiment], run.record)
-        return Task(f"{arm.profile}/{run.experiment}", [*steps, record], arm, needs)
+        return Task(_task_name(run), [*steps, record], arm, needs)
 
     def _condition(self, arm: Arm) -> Condition:
         """What the arm changes; a capture has it from the conditions that share it."""
@@ -323,6 +336,10 @@ def prompt_of(config: Config, experiment: str) -> str | None:
     """The prompt whose teacher an experiment's student learns from, None for a student without a teacher."""
     adapter = config.experiments[experiment].adapter
     return config.adapters[adapter].prompt if adapter else None
+
+
+def _task_name(run: Run) -> str:
+    return f"{run.arm.profile}/{run.experiment}"
 
 
 def _kd(arm: Arm, made: Path, *command: str) -> Step:

@@ -84,9 +84,10 @@ def main() -> int:
 
 
 def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
-    """Run tasks, `jobs` at a time, until all are done or the minutes are over; returns the exit status."""
-    tasks = {task.name: task for task in plan.tasks()}
-    done = {name for name, task in tasks.items() if task.done}
+    """Run what is missing, `jobs` at a time, until all is done or the minutes are over; returns the exit status."""
+    total = len(plan.tasks())
+    tasks = {task.name: task for task in plan.missing()}  # without those done
+    done: set[str] = set()
     failed: set[str] = set()
     running: dict[str, tuple[subprocess.Popen[bytes], str | None]] = {}  # with its GPU
     found = read_gpus()
@@ -94,11 +95,12 @@ def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
     gpus = _visible_gpus(len(found))
     jobs = jobs or JOBS * len(gpus) or 1
     deadline = time.monotonic() + 60 * (minutes or float("inf"))
-    with progress((), "study", "task", len(tasks)) as bar, _ended_with_us(running):
-        bar.update(len(done))
+    with progress((), "study", "task", total) as bar, _ended_with_us(running):
+        bar.update(total - len(tasks))
         while time.monotonic() < deadline:
             begun = done | failed | running.keys()
-            ready = [task for name, task in tasks.items() if name not in begun and done.issuperset(task.needs)]
+            waiting = tasks.keys() - done
+            ready = [task for name, task in tasks.items() if name not in begun and waiting.isdisjoint(task.needs)]
             for task in ready[: jobs - len(running)]:
                 loads = {gpu: sum(tasks[name].load for name, (_, its) in running.items() if its == gpu) for gpu in gpus}
                 gpu = min(gpus, key=loads.__getitem__, default=None)
@@ -114,7 +116,8 @@ def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
                     if process.returncode:
                         bar.write(f"{name} failed: {_last_words(name)}", file=sys.stderr)
     if len(done) < len(tasks):
-        print(f"run.py: {len(done)} of {len(tasks)} tasks are done; the same command goes on", file=sys.stderr)
+        left = len(tasks) - len(done)
+        print(f"run.py: {total - left} of {total} tasks are done; the same command goes on", file=sys.stderr)
     return int(len(done) < len(tasks))
 
 
