@@ -27,9 +27,9 @@ Right = NDArray[np.bool_]  # (seeds, questions)
 
 RULES = ("documented", "robust")  # the rule sets under which every run is counted
 LOSSES = ("answer_loss", "divergence", "check_loss")
-CONDITIONS = ("published", "aligned", "searched")
+UNTRAINED = "untrained"
 QUIRK = "quirk-"  # begins the name of a condition that is the reference's with one quirk on
-BARE = ("untrained", "no-distillation-matched")
+BARE = (UNTRAINED, "no-distillation-matched")
 PRIMED = ("teacher-kd", "ground-truth-kd", "confidence-kd")
 FORMAT = "docs/report.md"
 AGAIN = "let the study's driver write it again"
@@ -209,7 +209,8 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
 def _families(students: Sequence[Student], reference: Student) -> dict[str, list[tuple[Student, Student]]]:
     """The pairs to compare, of students that are there; p-values are corrected within a family."""
     families: dict[str, list[tuple[Student, Student]]] = {}
-    for where in CONDITIONS:
+    conditions = dict.fromkeys(where for where, _ in students if where != UNTRAINED and not where.startswith(QUIRK))
+    for where in conditions:
         fine_tuning, base, tuned = ((where, name) for name in ("fine-tuning", "base-kd", "tuned-kd"))
         families[f"priming in {where}"] = [((where, name), base) for name in PRIMED]
         families[f"training in {where}"] = [(student, BARE) for student in students if student[0] == where]
