@@ -35,11 +35,12 @@ from kd.distill.train import (
     step_count,
 )
 from kd.errors import UserError
-from kd.files import resumable_folder, whole_folder
+from kd.files import resumable_folder, whole_folder, write_json
 from kd.progress import progress
 from kd.teacher.store import Head
 
 CHUNK_ROWS = 1024
+ENDED = "cohort.json"  # in a cohort's folder once it is over: whom it trained, and who of them diverged
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Member:
         """How it learns; labels alone are alpha = 1."""
         settings = self.config.distill
         return settings if self.lesson.store else settings.model_copy(update={"alpha": 1.0})
+
+    @property
+    def name(self) -> str:
+        """Whose it is, in messages."""
+        return f"{self.config.profile}/{self.experiment}"
 
     @property
     def folder(self) -> Path:
@@ -150,7 +156,9 @@ class Cohort(Descent):
 def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
     """Train the adapters of several runs at once and write each as `kd train` does, without curve and check loss.
 
-    `state` is the folder of the unfinished work. A UserError where the runs cannot share a forward.
+    `state` is the folder of the unfinished work, and in the end holds `cohort.json`: the `students` as
+    <profile>/<experiment>, and those that `diverged`, which get no adapter. A UserError where the runs cannot share a
+    forward.
     """
     members = [Member(*run, lesson) for run, lesson in zip(runs, _lessons(runs), strict=True)]
     matches = [member.lesson.matches.kept for member in members]
@@ -164,17 +172,21 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
         bar.update(len(curve))
         for record in bar:
             curve.append(record)
+            bar.set_postfix_str(f"mean loss {record.loss:.3f}", refresh=False)
             if record.step % every == 0 and record.step < step_count(matches[0], settings):
                 checkpoint.save(work, cohort, curve)
+        diverged = []
         for number, member in enumerate(members):
             if not cohort.weights[number].isfinite().all():
                 print(f"{member.folder}: diverged and is left out; lower its `distill.learning_rate`", file=sys.stderr)
+                diverged.append(member.name)
                 continue
             cohort.show(number)
             with whole_folder(member.folder) as folder:
                 save_adapter(student, member.config, member.experiment, member.lesson.matches, folder)
-        for path in work.iterdir():  # what is left says that the cohort is done
+        for path in work.iterdir():
             shutil.rmtree(path)
+        write_json(work / ENDED, {"students": [member.name for member in members], "diverged": diverged})
 
 
 def _lessons(runs: list[tuple[Config, str]]) -> Iterator[Lesson]:
@@ -248,14 +260,15 @@ def _check_alike(members: list[Member], matches: list[list[Match]]) -> None:
     first = members[0]
     inputs = [match.input_ids for match in matches[0]]
     for member, own in zip(members, matches, strict=True):
-        name = f"{member.config.profile}/{member.experiment}"
         common = [(m.settings.model_dump(exclude=set(apart)), m.config.student, _dropout(m)) for m in (first, member)]
         if common[0] != common[1] or member.settings.batch_rows != 1:
-            raise UserError(f"{name}: other settings than the cohort's first run, or `batch_rows` other than 1")
+            raise UserError(f"{member.name}: other settings than the cohort's first run, or `batch_rows` other than 1")
         if [match.input_ids for match in own] != inputs:
-            raise UserError(f"{name}: reads other inputs than the cohort's first run; give it a cohort of its own")
+            raise UserError(f"{member.name}: reads other inputs than the cohort's first run; give it another cohort")
         if member.lesson.head and _head(members) and _teacher(member) != _teacher_of(members):
-            raise UserError(f"{name}: learns from another teacher than the cohort's first; give it a cohort of its own")
+            raise UserError(
+                f"{member.name}: learns from another teacher than the cohort's first; give it another cohort"
+            )
     if not any(member.lesson.store for member in members):
         raise UserError("a cohort needs a student with a teacher; train the others one at a time")
 

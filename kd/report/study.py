@@ -26,7 +26,7 @@ Student = tuple[str, str]  # condition and experiment; its runs differ in the se
 Right = NDArray[np.bool_]  # (seeds, questions)
 
 RULES = ("documented", "robust")  # the rule sets under which every run is counted
-LOSSES = ("answer_loss", "divergence", "check_loss")
+LOSSES = ("answer_loss", "divergence")
 UNTRAINED = "untrained"
 QUIRK = "quirk-"  # begins the name of a condition that is the reference's with one quirk on
 BARE = (UNTRAINED, "no-distillation-matched")
@@ -43,9 +43,10 @@ class Reference(Params):
 
 
 class References(Params):
-    """One for each family of comparisons that needs it named."""
+    """What students are compared with: the quirks with one student, a condition (first) with another (second)."""
 
     quirks: Reference
+    conditions: dict[Name, Name]
 
 
 class Rows(Params):
@@ -69,6 +70,7 @@ class Study(Params):
     starting_divergence: dict[str, dict[str, FiniteFloat]]
     reference: References
     planned: Count  # runs; fewer are there while the study is not over
+    diverged: list[str]  # runs that have no students
     runs: list[dict[str, Any]] = Field(min_length=1)
     summary: dict[str, Any]
 
@@ -111,7 +113,6 @@ class Run(Params):
     rules: RuleSets
     answer_loss: FiniteFloat
     divergence: FiniteFloat | None
-    check_loss: FiniteFloat | None
     mean_tokens: FiniteFloat
     at_limit: Number
     files: Files
@@ -160,8 +161,7 @@ def summarise(results: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
     questions = results["rows"]["test"]
     rows = [_row(student, runs, questions) for student, runs in students.items()]
     right = {rules: {student: _right(runs, rules, questions) for student, runs in students.items()} for rules in RULES}
-    quirks = results["reference"]["quirks"]
-    families = _families(list(students), (quirks["condition"], quirks["experiment"]))
+    families = _families(list(students), results["reference"])
     comparisons = [
         {"family": family, "rules": rules, "pairs": _compared(pairs, right[rules], seed)}
         for family, pairs in families.items()
@@ -206,7 +206,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"mean": fmean(known), "lowest": min(known), "highest": max(known)}
 
 
-def _families(students: Sequence[Student], reference: Student) -> dict[str, list[tuple[Student, Student]]]:
+def _families(students: Sequence[Student], reference: Mapping[str, Any]) -> dict[str, list[tuple[Student, Student]]]:
     """The pairs to compare, of students that are there; p-values are corrected within a family."""
     families: dict[str, list[tuple[Student, Student]]] = {}
     conditions = dict.fromkeys(where for where, _ in students if where != UNTRAINED and not where.startswith(QUIRK))
@@ -215,10 +215,11 @@ def _families(students: Sequence[Student], reference: Student) -> dict[str, list
         families[f"priming in {where}"] = [((where, name), base) for name in PRIMED]
         families[f"training in {where}"] = [(student, BARE) for student in students if student[0] == where]
         families[f"teachers in {where}"] = [(base, fine_tuning), (tuned, fine_tuning), (tuned, base)]
-    for later, earlier in (("aligned", "published"), ("searched", "aligned")):
-        names = [name for where, name in students if where == later]
-        families[f"{later} against {earlier}"] = [((later, name), (earlier, name)) for name in names]
-    families["quirks"] = [(student, reference) for student in students if student[0].startswith(QUIRK)]
+    for first, second in reference["conditions"].items():
+        names = [name for where, name in students if where == first]
+        families[f"{first} against {second}"] = [((first, name), (second, name)) for name in names]
+    whole = reference["quirks"]["condition"], reference["quirks"]["experiment"]
+    families["quirks"] = [(student, whole) for student in students if student[0].startswith(QUIRK)]
     there = {name: [pair for pair in pairs if set(pair) <= set(students)] for name, pairs in families.items()}
     return {name: pairs for name, pairs in there.items() if pairs}
 
@@ -287,10 +288,16 @@ def _loss_change(quirk: Mapping[str, float] | None, reference: Mapping[str, floa
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """A study's results.json, every run checked, and its summary against its runs."""
+    """A study's results.json, checked."""
     results = read_json(path, "a study's results")
     if not isinstance(results, dict):
         raise UserError(f"{path}: expected a mapping of keys; {FORMAT} shows what belongs there")
+    check_study(results, path)
+    return results
+
+
+def check_study(results: dict[str, Any], path: Path) -> None:
+    """Refuse a study's results with a run that cannot be, or a summary that is not what its runs come to."""
     validated(Study, results, str(path), FORMAT)
     students = set()
     for number, run in enumerate(results["runs"], start=1):
@@ -301,11 +308,12 @@ def read_study(path: Path) -> dict[str, Any]:
         if student in students:
             raise UserError(f"{where}: condition, experiment and seed of an earlier run; remove one of the two")
         students.add(student)
+    if len(results["runs"]) + len(results["diverged"]) > results["planned"]:
+        raise UserError(f"{path}: planned: {results['planned']}, but there are more runs; {AGAIN}")
     _check_reference(results, path)
     wrong = next(_disagreements(results["summary"], summarise(results), "summary"), None)
     if wrong:
         raise UserError(f"{path}: {wrong}: not what the runs come to; let the study's driver write the summary anew")
-    return results
 
 
 def _check_counts(run: Mapping[str, Any], questions: int, where: str) -> None:
@@ -325,7 +333,9 @@ def _check_counts(run: Mapping[str, Any], questions: int, where: str) -> None:
 
 
 def _check_reference(results: Mapping[str, Any], path: Path) -> None:
-    """A reference that is not there would leave out the quirks' comparisons without a word."""
+    """In a study that is over, a reference that is not there would leave out the quirks' comparisons without a word."""
+    if len(results["runs"]) < results["planned"]:
+        return
     reference = results["reference"]["quirks"]
     students = [(run["condition"], run["experiment"]) for run in results["runs"]]
     quirks = any(condition.startswith(QUIRK) for condition, _ in students)
@@ -459,8 +469,11 @@ def text(results: Mapping[str, Any]) -> str:
     """The tables for a terminal, those that have rows."""
     rows = results["rows"]
     setting = (
-        f"Study {results['study']}: {results['question']}\n{rows['train']} training and {rows['test']} test questions."
+        f"Study {results['study']}: {results['question']}\n{rows['train']} training and {rows['test']} test questions, "
+        f"{len(results['runs'])} of {results['planned']} runs."
     )
+    if results["diverged"]:
+        setting += f"\nDiverged in training, and in no table: {', '.join(results['diverged'])}."
     tables = [f"{table.title}\n{aligned(table.rows)}" for table in study_tables(results) if len(table.rows) > 1]
     return "\n".join([f"{setting}\n", *tables])
 

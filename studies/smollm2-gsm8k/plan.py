@@ -9,13 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from kd.config import Config, Params, load_config, read_mapping, validated
+from kd.config import Config, Params, choose, load_config, read_mapping, validated
+from kd.errors import UserError
 from kd.files import read_json, whole_file, write_text
+from kd.report.study import References
 
 HERE = Path(__file__).parent
 PARAMS = Path("params")
@@ -23,6 +25,7 @@ TUNED = "tuned"  # the teacher that has to be made first
 TUNED_TEACHER = Path("artifacts/tuned-teacher")
 TOGETHER = "a study's conditions.yaml and params.yaml lie in one folder"
 ALL_ROWS = 7473  # of GSM8K's training split
+ENDED = "cohort.json"  # which `train_cohort` leaves
 
 
 class Teacher(Params):
@@ -45,7 +48,7 @@ class Condition(Params):
     teachers' students it trains (None: all), and with which other conditions (None: with none)."""
 
     params: dict[str, Any] = Field(default={})
-    searched: list[str] = Field(default=[])
+    searched: list[Literal["alpha", "temperature", "learning_rate"]] = Field(default=[])
     adapters: list[str] | None = None
     cohort: str | None = None
 
@@ -65,13 +68,13 @@ class Study(Params):
 
     study: str
     question: str
-    seeds: list[int]
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     search: dict[str, Any]
     teachers: dict[str, Teacher]
     untrained: dict[str, Untrained]
     conditions: dict[str, Condition]
-    reference: dict[str, dict[str, str]]
-    tuned_teacher: TunedTeacher
+    reference: References
+    tuned_teacher: TunedTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,11 @@ class Run:
     arm: Arm
     experiment: str
     cohort: str | None  # the task that trains it beside others, None where nothing is trained
+
+    @property
+    def name(self) -> str:
+        """Its name as a task, and as a student of its cohort."""
+        return f"{self.arm.profile}/{self.experiment}"
 
     @property
     def record(self) -> Path:
@@ -152,6 +160,7 @@ class Plan:
         self.conditions = conditions
         self._base = read_mapping(conditions.with_name("params.yaml"), TOGETHER)
         self.gsm8k = gsm8k
+        self._check_names()
 
     def runs(self) -> list[Run]:
         """Every run, in the order of the tables."""
@@ -178,13 +187,23 @@ class Plan:
         whose runs are over may be gone."""
         tasks = {task.name: task for task in self.tasks()}
         wanted: set[str] = set()
-        names = [_task_name(run) for run in self.runs()]
+        names = [run.name for run in self.runs() if not self.diverged(run)]
         while names:
             task = tasks[names.pop()]
             if task.name not in wanted and not task.done:
                 wanted.add(task.name)
                 names += task.needs
         return [task for name, task in tasks.items() if name in wanted]
+
+    def diverged(self, run: Run) -> bool:
+        """Whether the run's training diverged, so that there is no student to assess."""
+        ended = Path("artifacts", run.cohort or "", ENDED)
+        if run.cohort is None or run.record.exists() or not ended.exists():
+            return False
+        cohort = read_json(ended, "how a cohort ended")
+        if run.name not in cohort["students"]:
+            raise UserError(f"{ended.parent}: trained without {run.name}; take another --work")
+        return run.name in cohort["diverged"]
 
     def run(self, arm: Arm, experiment: str) -> Run:
         """The run of an experiment in an arm."""
@@ -201,12 +220,12 @@ class Plan:
             rows = {key: document["dataset"][key] for key in ("answers", "train_rows", "test_rows")}
             document["dataset"] = {"source": "folder", "path": str(self.gsm8k), **rows}
         condition = self._condition(arm)
-        changes = {"profile": arm.profile, "seed": arm.seed or self.study.seeds[0]}
+        changes = {"profile": arm.profile, "seed": self.study.seeds[0] if arm.seed is None else arm.seed}
         if arm.condition == "untrained":
             changes |= self.study.untrained[arm.teacher].params
         elif arm.condition == "rows":
             changes["dataset.train_rows"] = ALL_ROWS
-        else:
+        elif arm != DATA:
             changes |= self.study.teachers[arm.teacher].params | condition.params
             changes |= self.study.search if arm.condition == "search" else {}
         for key, value in changes.items():
@@ -223,8 +242,12 @@ class Plan:
 
     def write_params(self, arm: Arm) -> Config:
         """Write the arm's params file, and let it share data and teacher with the arms that have the same."""
-        text = StringIO()
-        YAML().dump(self.document(arm), text)
+        document, text = self.document(arm), StringIO()
+        if arm.params.exists() and _lasting(read_mapping(arm.params, TOGETHER)) != _lasting(document):
+            raise UserError(
+                f"{arm.params}: conditions.yaml or params.yaml changed since; change them back, or take another --work"
+            )
+        YAML().dump(document, text)
         # Other tasks of the arm write and read the same file meanwhile.
         with whole_file(arm.params, PARAMS / f".{arm.profile}-{os.getpid()}") as work:
             write_text(work, text.getvalue())
@@ -263,12 +286,13 @@ class Plan:
     def _captures(self) -> Iterator[Task]:
         """Each teacher's rows once for every kind of reading; and how far the untrained student is from it."""
         wanted: dict[Arm, set[str]] = {}
-        for run in self.runs():
-            capture = self._capture_arm(run.arm)
+        searches = [(self._search_arm(name), self.study.teachers[name].search) for name in self._searched_teachers()]
+        for arm, experiment in [*((run.arm, run.experiment) for run in self.runs()), *searches]:
+            capture = self._capture_arm(arm)
             if capture:
                 wanted.setdefault(capture, set())
                 config = validated(Config, self.document(capture), str(capture.params), "profiles/mini.yaml")
-                prompt = prompt_of(config, run.experiment)
+                prompt = prompt_of(config, experiment)
                 wanted[capture] |= {prompt} if prompt else set()
         for arm, prompts in wanted.items():
             steps = [_kd(arm, arm.at("teacher", "head"), "head")]
@@ -278,12 +302,14 @@ class Plan:
             yield Task(arm.profile, steps, arm, ["data", *self._teacher_task(arm.teacher)])
 
     def _searches(self) -> Iterator[Task]:
-        if not any(condition.searched for condition in self.study.conditions.values()):
-            return
-        for name, teacher in self.study.teachers.items():
+        for name in self._searched_teachers():
             arm = self._search_arm(name)
-            step = _kd(arm, self.best(name), "search", teacher.search)
+            step = _kd(arm, self.best(name), "search", self.study.teachers[name].search)
             yield Task(arm.profile, [step], arm, [f"capture-aligned-{name}"], self._base["search"]["together"])
+
+    def _searched_teachers(self) -> list[str]:
+        wanted = any(condition.searched for condition in self.study.conditions.values())
+        return list(self.study.teachers) if wanted else []
 
     def _cohorts(self) -> Iterator[Task]:
         for name in dict.fromkeys(run.cohort for run in self.runs() if run.cohort):
@@ -303,7 +329,7 @@ class Plan:
         steps = [Step(command, made[command[0]]) for command in run.commands]
         needs = [run.cohort] if run.cohort else ["data", *self._teacher_task(arm.teacher)]
         record = Step(["record", run.experiment], run.record)
-        return Task(_task_name(run), [*steps, record], arm, needs)
+        return Task(run.name, [*steps, record], arm, needs)
 
     def _condition(self, arm: Arm) -> Condition:
         """What the arm changes; a capture has it from the conditions that share it."""
@@ -319,6 +345,28 @@ class Plan:
 
     def _search_arm(self, teacher: str) -> Arm:
         return Arm("search", teacher, None)
+
+    def _check_names(self) -> None:
+        """Refuse names that conditions.yaml has of what is not there."""
+        adapters, experiments = self._base["adapters"], self._base["experiments"]
+        for teacher in self.study.teachers.values():
+            for name in (*teacher.adapters, teacher.search):
+                choose(name, adapters, "adapter", "adapters")
+        for condition in self.study.conditions.values():
+            for name in condition.adapters or []:
+                choose(name, adapters, "adapter", "adapters")
+        for untrained in self.study.untrained.values():
+            for name in untrained.experiments:
+                choose(name, experiments, "experiment", "experiments")
+        reference, conditions = self.study.reference, list(self.study.conditions)
+        named = [reference.quirks.condition, *reference.conditions, *reference.conditions.values()]
+        for name in named:
+            if name not in conditions:
+                raise UserError(
+                    f"{self.conditions}: reference: {name}: no such condition; one of {', '.join(conditions)}"
+                )
+        if TUNED in {*self.study.teachers, *self.study.untrained} and not self.study.tuned_teacher:
+            raise UserError(f"{self.conditions}: tuned_teacher: missing; it says how the {TUNED} teacher is made")
 
     def _capture_arm(self, arm: Arm) -> Arm | None:
         """The arm that captures this one's teacher; arms with the same teacher and reading share it."""
@@ -338,10 +386,6 @@ def prompt_of(config: Config, experiment: str) -> str | None:
     return config.adapters[adapter].prompt if adapter else None
 
 
-def _task_name(run: Run) -> str:
-    return f"{run.arm.profile}/{run.experiment}"
-
-
 def _kd(arm: Arm, made: Path, *command: str) -> Step:
     return Step([*command, "--params", str(arm.params)], made)
 
@@ -349,8 +393,16 @@ def _kd(arm: Arm, made: Path, *command: str) -> Step:
 def _set(document: dict[str, Any], key: str, value: Any) -> None:
     *outer, last = key.split(".")
     for name in outer:
+        if not isinstance(document.get(name), dict):
+            raise UserError(f"{key}: params.yaml has no mapping {name!r} to change it in")
         document = document[name]
     document[last] = value
+
+
+def _lasting(document: dict[str, Any]) -> dict[str, Any]:
+    """A params document without where GSM8K lies, which changes no result."""
+    where = ("source", "path", "name", "revision")
+    return document | {"dataset": {key: value for key, value in document["dataset"].items() if key not in where}}
 
 
 def _link(link: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -35,9 +35,10 @@ from kd.errors import UserError, WorkFailedError
 from kd.files import read_json, sha256, whole_file, whole_folder, write_text, write_whole_file
 from kd.machine import Gpu, read_driver, read_gpus
 from kd.progress import progress
-from kd.report.study import pack_right, read_study, summarise, with_tables
+from kd.report.study import check_study, pack_right, read_study, summarise, with_tables
 
 RULES = ("documented", "robust")
+UNPRIMED = "base"  # the prompt whose teacher a student without one is compared with
 SAID = Path("said")
 MACHINE = Path("artifacts/machine.json")
 RESULTS, README, LOGS = "results.json", "README.md", "logs"
@@ -50,13 +51,14 @@ COMMANDS = {
     "results": f"{DRIVER} results",
     "tables": "kd report --study studies/smollm2-gsm8k/results.json",
 }
-# TensorFloat-32 products: bfloat16's speed at float32's range. torch reads it when it is imported.
+# TensorFloat-32 products: bfloat16's speed at float32's range.
 ENVIRONMENT = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def main() -> int:
     """Run one command; the return value is the process's exit status."""
     options = _parser().parse_args()
+    os.environ.update(ENVIRONMENT)  # before torch is imported
     conditions, gsm8k = options.conditions.resolve(), options.gsm8k and options.gsm8k.resolve()
     try:
         if gsm8k and not gsm8k.is_dir():
@@ -91,7 +93,8 @@ def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
     failed: set[str] = set()
     running: dict[str, tuple[subprocess.Popen[bytes], str | None]] = {}  # with its GPU
     found = read_gpus()
-    write_whole_file(MACHINE, json.dumps(_machine(found), indent=1) + "\n")
+    if tasks:
+        write_whole_file(MACHINE, json.dumps(_machine(found), indent=1) + "\n")
     gpus = _visible_gpus(len(found))
     jobs = jobs or JOBS * len(gpus) or 1
     deadline = time.monotonic() + 60 * (minutes or float("inf"))
@@ -115,6 +118,10 @@ def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
                     bar.update()
                     if process.returncode:
                         bar.write(f"{name} failed: {_last_words(name)}", file=sys.stderr)
+                    for run in filter(plan.diverged, plan.cohort(name)):
+                        done.add(run.name)
+                        bar.update()
+                        bar.write(f"{run.name} diverged in training and is not assessed", file=sys.stderr)
     if len(done) < len(tasks):
         left = len(tasks) - len(done)
         print(f"run.py: {total - left} of {total} tasks are done; the same command goes on", file=sys.stderr)
@@ -138,6 +145,7 @@ def do(plan: Plan, task: Task) -> int:
             case ["tune"]:
                 from teacher import tune
 
+                assert plan.study.tuned_teacher
                 tune(config, plan.study.tuned_teacher)
             case command:
                 print("$ kd", *command, file=sys.stderr)
@@ -160,18 +168,16 @@ def record(config: Config, run: Run) -> dict[str, Any]:
     adapter = arm.at("adapters", experiment)
     measured = read_json(arm.at("measures", f"{experiment}.json"), "a run's measures")
     prompt = prompt_of(config, experiment)
-    trained = [f"{DRIVER} task {run.cohort}"] if run.cohort else []
     return {
         "condition": arm.condition,
         "experiment": experiment,
         "seed": arm.seed,
         "teacher": arm.teacher,
         "prompt": prompt,
-        "command": " && ".join([*trained, *(" ".join(["kd", *command]) for command in run.commands)]),
+        "command": " && ".join(f"{DRIVER} task {task}" for task in (run.cohort, run.name) if task),
         "rules": {rules: _scored(answered, rules) for rules in RULES},
         "answer_loss": measured["answer_loss"],
-        "divergence": measured["divergence"].get(prompt or config.prompts[0]),
-        "check_loss": None,  # `kd train` makes it, a cohort does not
+        "divergence": measured["divergence"].get(prompt or UNPRIMED),
         "mean_tokens": sum(row.tokens for row in answered) / len(answered),
         "at_limit": sum(row.reached_limit for row in answered),
         "files": {
@@ -184,19 +190,22 @@ def record(config: Config, run: Run) -> dict[str, Any]:
 def results(plan: Plan, folder: Path) -> None:
     """Write results.json and the README's tables from the runs there are, and compress their logs for DVC."""
     runs = [run for run in plan.runs() if run.record.exists()]
-    missing = len(plan.runs()) - len(runs)
+    diverged = [run.name for run in plan.runs() if plan.diverged(run)]
+    missing = len(plan.runs()) - len(runs) - len(diverged)
     if not runs:
         raise UserError(f"{Path.cwd()}: no run is done; `run.py run` makes them")
+    if diverged:
+        print(f"run.py: diverged in training, and so in no table: {', '.join(diverged)}", file=sys.stderr)
     if missing:
         print(f"run.py: {missing} of {len(plan.runs())} runs are missing", file=sys.stderr)
     records = [read_json(run.record, "a run") for run in runs]
-    machine = read_json(MACHINE, "the machine that ran the study")
+    machine, tuned = read_json(MACHINE, "the machine that ran the study"), plan.study.tuned_teacher
     document = {
         "study": plan.study.study,
         "question": plan.study.question,
         "rows": {split: len(read_examples(DATA.at("data", f"{split}.jsonl"))) for split in ("train", "test")},
         **machine,
-        "settings": {"tuned_teacher": plan.study.tuned_teacher.model_dump()}
+        "settings": {"search": plan.study.search, "tuned_teacher": tuned.model_dump() if tuned else None}
         | {arm.profile: _settings(plan, arm) for arm in dict.fromkeys(run.arm for run in runs)},
         "search": {
             name: read_json(plan.best(name), "a search") for name in plan.study.teachers if plan.best(name).exists()
@@ -207,11 +216,13 @@ def results(plan: Plan, folder: Path) -> None:
             for name in plan.study.teachers
             if plan.start(name).exists()
         },
-        "reference": plan.study.reference,
+        "reference": plan.study.reference.model_dump(),
         "planned": len(plan.runs()),
+        "diverged": diverged,
         "runs": records,
     }
     document["summary"] = summarise(document)
+    check_study(document, folder / RESULTS)
     _write(folder / RESULTS, json.dumps(document, indent=1) + "\n")
     readme = folder / README
     if readme.exists():
@@ -240,7 +251,7 @@ def _start(plan: Plan, task: Task, gpu: str | None) -> subprocess.Popen[bytes]:
     """Run a task in a process of its own, on one GPU, its output kept in said/."""
     said = SAID / f"{task.name.replace('/', '-')}.log"
     said.parent.mkdir(exist_ok=True)
-    environment = os.environ | ENVIRONMENT | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     with said.open("ab") as file:
         where = [
             "--conditions",
@@ -284,6 +295,16 @@ def _machine(found: tuple[Gpu, ...]) -> dict[str, Any]:
     return {"hardware": hardware, "versions": versions}
 
 
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text}: expected greater than 0")
+        return value
+
+    return number
+
+
 def _visible_gpus(count: int) -> list[str]:
     """The GPUs that tasks are spread over, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -302,8 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     begin = commands.add_parser("run", parents=[shared], help="do what is missing, several tasks at a time")
-    begin.add_argument("--jobs", type=int, help=f"tasks at a time ({JOBS} for each GPU, or 1 without any)")
-    begin.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
+    begin.add_argument("--jobs", type=_positive(int), help=f"tasks at a time ({JOBS} for each GPU, or 1 without any)")
+    begin.add_argument("--minutes", type=_positive(float), help="stop after so long; the same command goes on")
     one = commands.add_parser("task", parents=[shared], help="do one task, in this process")
     one.add_argument("name", help="as the progress bar and said/ name it, such as aligned-self-s1/base-kd")
     commands.add_parser("results", parents=[shared], help="write results.json, the README's tables, and logs/ for DVC")

@@ -14,6 +14,7 @@ import torch
 from plan import TUNED_TEACHER, TunedTeacher
 
 from kd import models
+from kd.assess.generate import end_ids
 from kd.config import Config
 from kd.dataset import Example, read_examples
 from kd.distill.alignment import student_token_ids
@@ -37,7 +38,7 @@ def tune(config: Config, settings: TunedTeacher) -> None:
     make_deterministic(config.seed)
     tokenizer = models.load_tokenizer(folder)
     model = models.load_model(folder, config.student.dtype, models.default_device())
-    end = model.generation_config.eos_token_id
+    end = min(end_ids(model))
     tokens = [_tokens(tokenizer, example, end) for example in examples]
     _descend(model, [one for one in tokens if len(one[0]) <= settings.max_tokens], settings, config.seed)
     with whole_folder(TUNED_TEACHER) as work:

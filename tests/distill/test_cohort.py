@@ -16,6 +16,7 @@ from kd.config import Config, load_config
 from kd.distill import checkpoint, cohort
 from kd.distill.cohort import train_cohort
 from kd.errors import UserError
+from kd.files import read_json
 
 Write = Callable[[dict[str, Any]], None]
 STATE = Path("artifacts/cohort")
@@ -126,3 +127,5 @@ def test_a_student_that_diverges_leaves_the_others_alone(
     assert torch.equal(weights(plain, "base-kd"), alone)
     assert "wild/adapters/teacher-kd: diverged and is left out" in capsys.readouterr().err
     assert not (wild.artifacts / "adapters").exists()
+    ended = read_json(STATE / "cohort.json", "a cohort's end")
+    assert ended == {"students": ["plain/base-kd", "wild/teacher-kd"], "diverged": ["wild/teacher-kd"]}

@@ -54,7 +54,6 @@ def make_run(student: str, seed: int | None) -> dict[str, Any]:
         },
         "answer_loss": 0.5 + 0.25 * (seed or 0) + condition.startswith("quirk-"),
         "divergence": None if labels_only else 0.125,
-        "check_loss": None,
         "mean_tokens": 100.0 + (seed or 0),
         "at_limit": 4,
         "files": {"log": "0" * 64, "adapter": None if seed is None else "a" * 64},
@@ -73,9 +72,13 @@ def written() -> dict[str, Any]:
         "settings": {"epochs": 1},
         "search": {},
         "commands": {"all": "python study.py"},
-        "planned": 100,
+        "planned": 31,
+        "diverged": [],
         "starting_divergence": {"self": {"base": 0.0, "teacher": 0.25}},
-        "reference": {"quirks": {"condition": "aligned", "experiment": "ground-truth-kd"}},
+        "reference": {
+            "quirks": {"condition": "aligned", "experiment": "ground-truth-kd"},
+            "conditions": {"aligned": "published"},
+        },
         "runs": [
             make_run(student, seed)
             for student in RIGHT
@@ -146,7 +149,7 @@ def test_a_row_counts_the_questions_once_and_keeps_the_seeds_apart(results: dict
     }
     assert row["rules"]["robust"]["accuracy"] == 30 / 40
     assert row["answer_loss"] == {"mean": 0.75, "lowest": 0.5, "highest": 1.0}
-    assert (row["divergence"]["mean"], row["check_loss"]) == (0.125, None)
+    assert row["divergence"]["mean"] == 0.125
     assert (row["mean_tokens"], row["at_limit_share"]) == (101, 0.1)
     assert rows["untrained/no-distillation-matched"]["seeds"] == 1
     assert rows["aligned/fine-tuning"]["divergence"] is None
@@ -245,7 +248,7 @@ def test_the_tables_are_printed_without_params(
 ) -> None:
     assert main(["report", "--study", str(write(results))]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("Study small: Does priming help?\n80 training and 40 test questions.\n")
+    assert printed.startswith("Study small: Does priming help?\n80 training and 40 test questions, 31 of 31 runs.\n")
     lines = {" ".join(line.split()) for line in printed.splitlines()}
     assert (
         "aligned ground-truth-kd 3 72.50% (57.2% to 83.9%) 70.00% to 75.00% 75.00% (59.8% to 85.8%) 72.50% to 77.50% "
@@ -337,6 +340,7 @@ def test_a_run_that_stands_twice_is_refused(results: dict[str, Any], write: Call
         (change("rows.test", 0), "rows.test: expected greater than 0"),
         (change("runs", []), "runs: List should have at least 1 item"),
         (change("reference.quirks.condition", "alined"), "reference.quirks: no run is of alined/ground-truth-kd"),
+        (change("planned", 30), "planned: 30, but there are more runs; let the study's driver write it again"),
         (lambda results: results.pop("summary"), "summary: missing"),
         (change("hardwear", {}), "hardwear: unknown key"),
     ],

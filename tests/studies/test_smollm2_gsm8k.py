@@ -46,18 +46,19 @@ def test_the_readmes_tables_are_those_of_results_json(results: dict[str, Any]) -
 
 
 def test_every_number_in_the_readmes_prose_is_in_results_json(results: dict[str, Any]) -> None:
-    found = list(leaves(results))
-    texts = [leaf for leaf in found if isinstance(leaf, str)]
-    numbers = [leaf for leaf in found if not isinstance(leaf, str)] + [len(results["runs"])]
+    numbers = [leaf for leaf in leaves(results) if not isinstance(leaf, str)] + [len(results["runs"])]
+    machine = [str(leaf) for leaf in leaves([results["versions"], results["hardware"]])]
 
     def is_there(number: str) -> bool:
-        if any(number in re.findall(r"[\d.]+", text) for text in texts):  # a version
+        if any(number in re.findall(r"[\d.]+", text) for text in machine):
             return True
         if number.count(".") > 1:
             return False
         plain = number.rstrip(" %")
         digits = len(plain.partition(".")[2]) + (2 if "%" in number else 0)
         value = float(plain) / (100 if "%" in number else 1)
+        if not digits:  # a count: rounding would find it anywhere
+            return value in numbers
         return any(round(leaf, digits) == pytest.approx(value, abs=1e-12) for leaf in numbers)
 
     prose = NOT_PROSE.sub(" ", (STUDY / "README.md").read_text(encoding="utf-8"))
@@ -88,7 +89,7 @@ def small(tmp_path: Path, tiny_llama: Path) -> list[str]:
     conditions["teachers"] = {"self": {"adapters": ["base-kd"], "search": "base-kd"}}
     conditions["untrained"] = {"self": {"experiments": ["no-distillation-matched"]}}
     conditions["conditions"] = {"aligned": {}}
-    conditions["reference"]["quirks"] = {"condition": "aligned", "experiment": "base-kd"}
+    conditions["reference"] = {"quirks": {"condition": "aligned", "experiment": "base-kd"}, "conditions": {}}
     rows = "".join(
         json.dumps({"question": f"Tom has {i} apples and buys {i}. How many now?", "answer": f"{i}+{i}\n#### {2 * i}"})
         + "\n"
@@ -135,6 +136,52 @@ def test_the_driver_stops_when_told_goes_on_and_ends_in_results(small: list[str]
     assert rows == [("untrained", "no-distillation-matched", None), ("aligned", "base-kd", 1)]
     assert study["starting_divergence"]["self"]["base"] == pytest.approx(0, abs=1e-6)
     assert len(list((tmp_path / "logs").glob("*.csv.xz"))) == 2
+
+
+def test_a_student_that_diverges_is_named_and_the_study_ends(small: list[str], tmp_path: Path) -> None:
+    edit(tmp_path / "conditions.yaml", "conditions", {"aligned": {"params": {"distill.learning_rate": 1e30}}})
+    status, said = run_to_end("run", *small)
+    assert (status, "aligned-self-s1/base-kd diverged in training and is not assessed" in said) == (0, True)
+    assert run_to_end("run", *small)[0] == 0
+    status, said = run_to_end("results", *small)
+    assert (status, "diverged in training, and so in no table: aligned-self-s1/base-kd" in said) == (0, True)
+    study = read_study(tmp_path / "results.json")
+    assert (len(study["runs"]), study["planned"], study["diverged"]) == (1, 2, ["aligned-self-s1/base-kd"])
+
+
+def test_what_has_changed_since_is_not_taken_for_the_same(small: list[str], tmp_path: Path) -> None:
+    assert run_to_end("task", "data", *small)[0] == 0
+    edit(tmp_path / "params.yaml", "assess", {"batch_tokens": 64})
+    status, said = run_to_end("task", "data", *small)
+    assert (status, "data-self.yaml: conditions.yaml or params.yaml changed since" in said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("teachers", {"self": {"adapters": ["base"], "search": "base-kd"}}, "base: unknown adapter, expected one of"),
+        ("conditions", {"aligned": {"searched": ["rate"]}}, "conditions.aligned.searched.0: "),
+        (
+            "conditions",
+            {"aligned": {"params": {"distil.alpha": 1}}},
+            "distil.alpha: params.yaml has no mapping",
+        ),
+        ("conditions", {"published": {}}, "reference: aligned: no such condition; one of published"),
+        ("seeds", [], "seeds: "),
+    ],
+)
+def test_what_conditions_yaml_names_has_to_be_there(
+    small: list[str], tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    edit(tmp_path / "conditions.yaml", key, value)
+    status, said = run_to_end("run", *small)
+    assert (status, "Traceback" in said) == (2, False)
+    assert message in said
+
+
+def edit(path: Path, key: str, value: Any) -> None:
+    document = YAML(typ="safe").load(path)
+    YAML().dump(document | {key: value}, path)
 
 
 def test_the_driver_says_what_is_wrong(small: list[str], tmp_path: Path) -> None:
