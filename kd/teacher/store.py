@@ -69,7 +69,7 @@ class Tokenization(_Record):
     vocabulary_sha256: str
 
     def __str__(self) -> str:
-        return f"bos {self.bos}, vocabulary {self.vocabulary_sha256[:12]}"
+        return f"vocabulary {self.vocabulary_sha256[:12]}"
 
 
 @dataclass(frozen=True)
@@ -408,6 +408,11 @@ class TeacherStore:
         name, text = found.prompt.name, found.prompt.text
         self._refuse_if(name != prompt.name, f"captured with prompt {name!r}, not {prompt.name!r}")
         self._refuse_if(text != prompt.text, f"captured with the prompt {text!r}, not {prompt.text!r}")
+        bos = found.tokenization.bos
+        self._refuse_if(
+            bos != tokenization.bos,
+            f"captured {'with' if bos else 'without'} BOS, which `distill.protocol` and its quirks want the other way",
+        )
         self._refuse_if(
             found.tokenization != tokenization,
             f"captured with another tokenizer ({found.tokenization}, not {tokenization}); teacher and student must "

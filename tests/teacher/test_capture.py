@@ -177,7 +177,7 @@ def test_store_of_another_tokenizer_or_model_is_refused(
 @pytest.mark.parametrize(
     ("quirk", "message"),
     [
-        ("bos", "captured with another tokenizer (bos False,"),
+        ("bos", "captured without BOS, which `distill.protocol` and its quirks want the other way; run `kd teacher"),
         ("prompt-offset", "row 1 (train-00001): the rows of tokens ("),
     ],
 )
