@@ -120,6 +120,12 @@ def add_lora(base: Any, config: Config, dropout: float) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = config.distill.lora
+    modules = {name.rpartition(".")[2] for name, _ in base.named_modules() if name}
+    unknown = [name for name in lora.target_modules if name.rpartition(".")[2] not in modules]
+    if unknown:  # PEFT leaves it out without a word
+        raise UserError(
+            f"distill.lora.target_modules: the student has no module {unknown[0]!r}, only {', '.join(sorted(modules))}"
+        )
     base.name_or_path = models.model_name(config.student.model)
     return get_peft_model(
         base,

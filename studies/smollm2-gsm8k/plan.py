@@ -348,6 +348,8 @@ class Plan:
 
     def _check_names(self) -> None:
         """Refuse names that conditions.yaml has of what is not there."""
+        if len(set(self.study.seeds)) < len(self.study.seeds):
+            raise UserError(f"{self.conditions}: seeds: one is there twice; give each run a seed of its own")
         adapters, experiments = self._base["adapters"], self._base["experiments"]
         for teacher in self.study.teachers.values():
             for name in (*teacher.adapters, teacher.search):

@@ -300,3 +300,12 @@ def test_batches_of_several_examples_make_fewer_steps(
     write_params(ready)
     assert main(["train", "teacher-kd"]) == 0
     assert len(losses(ADAPTER)) == 6
+
+
+def test_a_module_that_the_student_has_not_is_named(
+    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready["distill"]["lora"]["target_modules"] = ["q_proj", "k_prj"]
+    write_params(ready)
+    assert main(["train", "fine-tuning"]) == 2
+    assert "target_modules: the student has no module 'k_prj', only " in capsys.readouterr().err

@@ -168,6 +168,7 @@ def test_what_has_changed_since_is_not_taken_for_the_same(small: list[str], tmp_
         ),
         ("conditions", {"published": {}}, "reference: aligned: no such condition; one of published"),
         ("seeds", [], "seeds: "),
+        ("seeds", [1, 1], "seeds: one is there twice"),
     ],
 )
 def test_what_conditions_yaml_names_has_to_be_there(
