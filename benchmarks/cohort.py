@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kd.distill.alignment import Match
 from kd.distill.cohort import Cohort
 from kd.distill.step import EagerStep, GraphStep, make_batch, make_step, on_device
-from kd.distill.train import add_lora, make_deterministic
+from kd.distill.train import add_lora
 from kd.teacher.store import TeacherHead
 
 SETTINGS = PAPER.distill.model_copy(update={"protocol": "aligned"})
@@ -50,7 +50,7 @@ class Work(NamedTuple):
 
 def student_and_head(llama: LlamaConfig) -> tuple[Any, TeacherHead]:
     """A student with a new adapter and, for a teacher, a head of the same width."""
-    make_deterministic(1)
+    torch.manual_seed(1)
     with torch.device(DEVICE):
         base = LlamaForCausalLM(llama).eval()
         weight = torch.empty(llama.vocab_size, llama.hidden_size).normal_(std=0.01)

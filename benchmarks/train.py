@@ -29,7 +29,7 @@ from kd.config import Distill, load_config
 from kd.distill.alignment import Match
 from kd.distill.objective import Teacher, distillation_loss
 from kd.distill.step import BUCKET, Descent, make_batch, make_step
-from kd.distill.train import add_lora, descend, make_deterministic
+from kd.distill.train import add_lora, descend
 from kd.teacher.store import TeacherHead
 
 PAPER = load_config(Path(__file__).parent.parent / "profiles" / "paper.yaml")
@@ -134,7 +134,7 @@ def synchronize() -> None:
 
 def with_fresh_adapter(base: Any, dropout: float, run: Callable[[Any], Run]) -> Run:
     """One run of a student with a newly seeded adapter, which is taken off again."""
-    make_deterministic(1)
+    torch.manual_seed(1)
     student = add_lora(base, PAPER, dropout).train()
     empty_cache()
     if DEVICE == "cuda":
@@ -175,7 +175,7 @@ def gradients_of(
     base: Any, forward: str, matches: list[Match], states: Any, head: TeacherHead
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Loss and gradient of each example, the same adapter each time, no dropout, no update."""
-    make_deterministic(1)
+    torch.manual_seed(1)
     student = add_lora(base, PAPER, 0.0).train()
     for name, parameter in student.named_parameters():
         if "lora_B" in name:

@@ -62,6 +62,12 @@ def latest(folder: Path) -> Path | None:
     return next(iter(reversed(_found(folder))), None)
 
 
+def going_on(folder: Path) -> str:
+    """What a run that finds `folder` does, for a person to read."""
+    found = latest(folder)
+    return f"goes on from {found}" if found else "starts over, as there is no checkpoint yet"
+
+
 def _found(folder: Path) -> list[Path]:
     """Whole checkpoints, the latest last; one that a killed run was removing does not count."""
     files = ("state.safetensors", "curve.json")

@@ -22,6 +22,7 @@ from kd.distill import checkpoint
 from kd.distill.alignment import Match
 from kd.distill.checkpoint import Record
 from kd.distill.lean import runs_lean
+from kd.distill.memory import lowerable, shortage_told
 from kd.distill.objective import cross_entropy, divergence
 from kd.distill.step import Batch, Descent, EagerStep, GraphStep, make_batch, on_device
 from kd.distill.train import (
@@ -130,8 +131,7 @@ class Cohort(Descent):
         assert head
         students, width = batch.input_ids.shape
         owner = batch.rows // width
-        hidden, leaves = self._forward(batch.input_ids)
-        matched = hidden.flatten(0, 1).index_select(0, batch.rows)
+        matched, leaves = self._forward(batch)
         # Every student counts whole, where `make_batch` gives each of n examples an nth.
         shares = (owner == torch.arange(students, device=owner.device)[:, None]) * (batch.weights * students)
         total, losses = CohortLoss.apply(  # type: ignore[no-untyped-call]
@@ -162,9 +162,13 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
     """
     members = [Member(*run, lesson) for run, lesson in zip(runs, _lessons(runs), strict=True)]
     matches = [member.lesson.matches.kept for member in members]
-    student, cohort, step = begin(members, matches)
     keys = [run_key(member.config, member.experiment) for member in members]
-    with resumable_folder(state, hashlib.sha256("".join(keys).encode()).hexdigest()[:16]) as work:
+    lower = [f"the number of its students ({len(runs)})", *lowerable(members[0].config)]
+    with (
+        resumable_folder(state, hashlib.sha256("".join(keys).encode()).hexdigest()[:16]) as work,
+        shortage_told("cohort", lower, lambda: checkpoint.going_on(work)),
+    ):
+        student, cohort, step = begin(members, matches)
         curve = checkpoint.load(work, cohort)
         settings = members[0].settings
         every = settings.checkpoint_every

@@ -99,7 +99,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
     log_p = logits.log_softmax(-1)
     value = -log_p.gather(1, labels)
     slope = log_p.exp_()
-    slope.scatter_add_(1, labels, slope.new_full(labels.shape, -1))
+    # Not a scatter: torch's deterministic one sorts and waits for the host, which nothing in a CUDA graph may.
+    slope.add_(torch.arange(slope.shape[1], device=labels.device) == labels, alpha=-1)
     return value, slope
 
 

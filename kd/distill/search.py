@@ -24,6 +24,7 @@ from kd.dataset import read_examples
 from kd.distill import cohort
 from kd.distill.alignment import Match, match_examples
 from kd.distill.cohort import Member
+from kd.distill.memory import lowerable, shortage_told
 from kd.distill.step import make_step
 from kd.distill.train import Lesson, descend, evaluate, fresh_student, prepare_lesson, run_key, step_count
 from kd.errors import UserError
@@ -80,16 +81,19 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
 
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     enough = optuna.study.MaxTrialsCallback(config.search.trials, states=states)
-    while (left := config.search.trials - len(study.get_trials(states=states))) > 0:
-        if config.search.together == 1:
-            study.optimize(objective, callbacks=[enough])
-            continue
-        warnings.filterwarnings("ignore", "Heartbeat of storage")  # a trial of a killed cohort is just not counted
-        trials = [study.ask() for _ in range(min(left, config.search.together))]
-        members = [Member(suggested(trial), experiment, lesson) for trial in trials]
-        for trial, loss in zip(trials, _side_by_side(members, training, judges), strict=True):
-            diverged = None if math.isfinite(loss) else optuna.trial.TrialState.PRUNED
-            study.tell(trial, None if diverged else loss, diverged)
+    together = config.search.together
+    lower = [*([f"`search.together` ({together})"] if together > 1 else []), *lowerable(config)]
+    with shortage_told(f"search, {experiment}", lower, lambda: f"keeps the trials that {folder / STUDY} has"):
+        while (left := config.search.trials - len(study.get_trials(states=states))) > 0:
+            if together == 1:
+                study.optimize(objective, callbacks=[enough])
+                continue
+            warnings.filterwarnings("ignore", "Heartbeat of storage")  # a trial of a killed cohort is just not counted
+            trials = [study.ask() for _ in range(min(left, together))]
+            members = [Member(suggested(trial), experiment, lesson) for trial in trials]
+            for trial, loss in zip(trials, _side_by_side(members, training, judges), strict=True):
+                diverged = None if math.isfinite(loss) else optuna.trial.TrialState.PRUNED
+                study.tell(trial, None if diverged else loss, diverged)
     if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
         raise UserError(f"{experiment}: training diverged in every trial; lower `distill.learning_rate`")
     with FileLock(folder / "result.lock"), whole_folder(folder / "result") as work:  # processes end together

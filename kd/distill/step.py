@@ -1,11 +1,22 @@
-"""One update: from a batch of matched rows to new adapter weights, launched kernel by kernel or as a CUDA graph."""
+"""One update: from a batch of matched rows to new adapter weights, launched kernel by kernel or as a CUDA graph.
+
+An update is deterministic: on one machine the same batch, weights and random state give the same bytes, also behind a
+kill. On a CPU that is torch's flag. On a GPU the flag alone will not do: under it torch 2.4.0 replaces what adds in any
+order (`scatter_add_`, the gradient of `index_select`, indexed assignment) by a sort that waits for the host, and a
+graph cannot hold what waits. So an update is made of operations whose result depends on no order in the first place:
+what would be scattered is compared or looked up. The flag stays on, for attention's gradient, which has an ordered
+kernel, and to refuse whatever else has none.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from kd.config import Distill
 from kd.distill.alignment import Match
@@ -28,19 +39,21 @@ class Batch(NamedTuple):
 
     `input_ids` [examples, tokens] are padded on the right; `rows` [n] point into [examples * tokens] and meet `labels`
     [n], the teacher's `states` [n, teacher hidden] (None without a teacher) and `weights` [n]: every example counts
-    alike, and its rows alike, as in batches of one; 0 where a row is padding.
+    alike, and its rows alike, as in batches of one; 0 where a row is padding. `places` [examples * tokens] say where in
+    `rows` a token stands, n where it does not.
     """
 
     input_ids: torch.Tensor
     rows: torch.Tensor
+    places: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
     states: torch.Tensor | None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The batch with every tensor changed."""
-        states = self.states if self.states is None else change(self.states)
-        return Batch(change(self.input_ids), change(self.rows), change(self.labels), change(self.weights), states)
+        *others, states = self
+        return Batch._make((*map(change, others), states if states is None else change(states)))
 
     def present(self) -> list[torch.Tensor]:
         """The tensors it has."""
@@ -54,6 +67,7 @@ def make_batch(matches: list[Match], states: States | None, bucket: int = 1) -> 
     height = _round_up(count, bucket if bucket == 1 else bucket * len(matches))
     input_ids = torch.zeros(len(matches), width, dtype=torch.int64)
     rows, labels = torch.zeros(height, dtype=torch.int64), torch.zeros(height, dtype=torch.int64)
+    places = torch.full((input_ids.numel(),), height)
     weights = torch.zeros(height)
     theirs = []
     at = 0
@@ -62,15 +76,45 @@ def make_batch(matches: list[Match], states: States | None, bucket: int = 1) -> 
         here = slice(at, at + len(match.labels))
         first = i * width + match.first_row
         rows[here] = torch.arange(first, first + len(match.labels))
+        places[rows[here]] = torch.arange(at, here.stop)
         labels[here] = torch.tensor(match.labels)
         weights[here] = 1 / (len(matches) * len(match.labels))
         if states and match.teacher_id:
             theirs.append(states(match.teacher_id)[: len(match.labels)])
         at = here.stop
     if not theirs:
-        return Batch(input_ids, rows, labels, weights, None)
+        return Batch(input_ids, rows, places, labels, weights, None)
     padding = theirs[0].new_zeros(height - count, theirs[0].shape[1])
-    return Batch(input_ids, rows, labels, weights, torch.cat([*theirs, padding]))
+    return Batch(input_ids, rows, places, labels, weights, torch.cat([*theirs, padding]))
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Within it torch takes kernels that give the same bits each time, and refuses what has none."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS
+    # A debugging aid that writes every tensor twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class _Matched(torch.autograd.Function):
+    """Hidden states [examples * tokens, hidden] -> those of a batch's `rows`. Their gradient is looked up by its
+    `places`, where `index_select`'s own is added up."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return hidden.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return F.pad(gradient, (0, 0, 0, 1)).index_select(0, places), None, None
 
 
 class Descent:
@@ -94,8 +138,7 @@ class Descent:
 
     def gradient(self, batch: Batch, head: Head | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss, cross entropy and divergence [3] of a batch on the student's device, and the weights' gradient."""
-        hidden, leaves = self._forward(batch.input_ids)
-        matched = hidden.flatten(0, 1).index_select(0, batch.rows)
+        matched, leaves = self._forward(batch)
         teacher = Teacher(head, batch.states) if head and batch.states is not None else None
         output = self._model.lm_head.weight
         loss = distillation_loss(matched, output, batch.labels, batch.weights, teacher, self._settings)
@@ -113,13 +156,16 @@ class Descent:
         """Whether every trained weight is a finite number."""
         return bool(self.weights.isfinite().all())
 
-    def _forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Final hidden states [examples, tokens, hidden], and the tensors that make up the weights."""
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Final hidden states of the batch's rows [n, hidden], and the tensors that make up the weights."""
         if self._lean is None:
-            hidden = self._model.model(input_ids, use_cache=False).last_hidden_state
-            return hidden, list(self._parameters.values())
-        leaf = self.weights.detach().requires_grad_()
-        return self._lean(input_ids, self._pieces(leaf.to(self._model.dtype))), [leaf]
+            hidden = self._model.model(batch.input_ids, use_cache=False).last_hidden_state
+            leaves = list(self._parameters.values())
+        else:
+            leaves = [self.weights.detach().requires_grad_()]
+            hidden = self._lean(batch.input_ids, self._pieces(leaves[0].to(self._model.dtype)))
+        matched: torch.Tensor = _Matched.apply(hidden.flatten(0, 1), batch.rows, batch.places)  # type: ignore[no-untyped-call]
+        return matched, leaves
 
     def _pieces(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tensors end to end in the last dimension, as views by name and in shape."""
@@ -140,8 +186,9 @@ class EagerStep:
 
     def __call__(self, batch: Batch, learning_rate: torch.Tensor | float) -> torch.Tensor:
         """One update; the losses before it."""
-        losses, gradient = self.descent.gradient(batch, self._head)
-        self.descent.apply(gradient, learning_rate)
+        with deterministic():
+            losses, gradient = self.descent.gradient(batch, self._head)
+            self.descent.apply(gradient, learning_rate)
         return losses
 
 
@@ -162,7 +209,8 @@ class GraphStep:
         """One update; the losses before it, which the next call overwrites."""
         shape = (*batch.input_ids.shape, *batch.rows.shape)
         if shape not in self._graphs:
-            self._graphs[shape] = self._capture(batch)
+            with deterministic():
+                self._graphs[shape] = self._capture(batch)
         graph, inputs, losses = self._graphs[shape]
         for held, given in zip(inputs.present(), batch.present(), strict=True):
             held.copy_(given)

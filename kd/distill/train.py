@@ -23,6 +23,7 @@ from kd.dataset import read_examples
 from kd.distill import checkpoint
 from kd.distill.alignment import Match, Matches, match_examples
 from kd.distill.checkpoint import Record
+from kd.distill.memory import lowerable, shortage_told
 from kd.distill.objective import Loss, Teacher, distillation_loss
 from kd.distill.step import EagerStep, GraphStep, States, make_batch, make_step, on_device
 from kd.errors import UserError
@@ -62,8 +63,11 @@ def train(config: Config, experiment: str) -> None:
     """
     lesson = prepare_lesson(config, experiment)
     print(f"{experiment}: {_counts(lesson.matches)}", file=sys.stderr)
-    student = fresh_student(config, experiment, lesson)
-    with resumable_folder(config.artifacts / "adapters" / experiment, run_key(config, experiment)) as work:
+    with (
+        resumable_folder(config.artifacts / "adapters" / experiment, run_key(config, experiment)) as work,
+        shortage_told(f"train, {experiment}", lowerable(config), lambda: checkpoint.going_on(work / "checkpoints")),
+    ):
+        student = fresh_student(config, experiment, lesson)
         checkpoints = work / "checkpoints"
         step = make_step(student, lesson.head, config.distill)
         curve = checkpoint.load(checkpoints, step.descent)
@@ -100,19 +104,11 @@ def prepare_lesson(config: Config, experiment: str) -> Lesson:
 def fresh_student(config: Config, experiment: str, lesson: Lesson) -> Any:
     """The student with a new adapter, seeded, on the device it is trained on."""
     device = models.default_device()
-    make_deterministic(config.seed)
+    torch.manual_seed(config.seed)  # for LoRA's initialisation and dropout
     base = models.load_model(models.model_folder(config.student.model), config.student.dtype, device)
     if lesson.store:
         _check_vocabulary(base, lesson.store)
     return add_lora(base, config, config.adapters[experiment].dropout).train()
-
-
-def make_deterministic(seed: int) -> None:
-    """One seed for LoRA's initialisation and dropout; the same bits on the same machine."""
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    # A debugging aid that writes every tensor twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def add_lora(base: Any, config: Config, dropout: float) -> Any:

@@ -18,7 +18,7 @@ from kd.assess.generate import end_ids
 from kd.config import Config
 from kd.dataset import Example, read_examples
 from kd.distill.alignment import student_token_ids
-from kd.distill.train import make_deterministic
+from kd.distill.step import deterministic
 from kd.files import whole_folder
 from kd.progress import progress
 from kd.teacher.capture import answer_token_ids
@@ -35,12 +35,13 @@ def tune(config: Config, settings: TunedTeacher) -> None:
     first, last = settings.rows
     examples = read_examples(config.artifacts / "data" / "train.jsonl")[first - 1 : last]
     folder = models.model_folder(config.student.model)
-    make_deterministic(config.seed)
+    torch.manual_seed(config.seed)
     tokenizer = models.load_tokenizer(folder)
     model = models.load_model(folder, config.student.dtype, models.default_device())
     end = min(end_ids(model))
     tokens = [_tokens(tokenizer, example, end) for example in examples]
-    _descend(model, [one for one in tokens if len(one[0]) <= settings.max_tokens], settings, config.seed)
+    with deterministic():
+        _descend(model, [one for one in tokens if len(one[0]) <= settings.max_tokens], settings, config.seed)
     with whole_folder(TUNED_TEACHER) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)

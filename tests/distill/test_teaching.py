@@ -13,7 +13,7 @@ from kd.config import load_config
 from kd.dataset import Example
 from kd.distill.alignment import match_examples
 from kd.distill.step import States, make_step
-from kd.distill.train import add_lora, descend, evaluate, make_deterministic
+from kd.distill.train import add_lora, descend, evaluate
 from kd.teacher.backends.transformers import TransformersTeacher
 from kd.teacher.capture import teacher_reading
 
@@ -48,7 +48,7 @@ def test_held_out_losses_fall_over_epochs_and_do_not_with_shuffled_rows() -> Non
 
     def losses(rows: States) -> list[tuple[float, float]]:
         """Cross entropy and divergence from the teacher on the held-out examples, before and after each epoch."""
-        make_deterministic(CONFIG.seed)
+        torch.manual_seed(CONFIG.seed)
         base = models.load_model(models.model_folder(CONFIG.student.model), "float32", "cpu")
         kept = [layer for i, layer in enumerate(base.model.layers) if i not in REMOVED]
         base.model.layers = torch.nn.ModuleList(kept)
