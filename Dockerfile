@@ -1,11 +1,14 @@
 # syntax=docker/dockerfile:1
-# The package with everything it runs on, pinned: `docker build .` makes the GPU image, `docker build --target cpu .` the
-# one without exllamav2's compiled extension. How to run them: README.md, "Docker".
+# The package with everything it runs on, pinned: the target `gpu` with exllamav2's compiled extension, `cpu` without.
+# How to build and run them, and what to do should a base image be gone: docs/docker.md.
 
+# With their registry, since podman takes no short names.
+ARG BASE=docker.io/nvidia/cuda:12.1.1-base-ubuntu22.04@sha256:457a4076c56025f51217bff647ca631c7880ad3dbf546b03728ba98297ebbc22
+ARG DEVEL=docker.io/nvidia/cuda:12.1.1-devel-ubuntu22.04@sha256:7012e535a47883527d402da998384c30b936140c05e2537158c80b8143ee7425
 ARG PYTHON=3.11.9
 
 # uv and nothing else of this stage goes on: it reads the lock that it stands in itself.
-FROM nvidia/cuda:12.1.1-base-ubuntu22.04@sha256:457a4076c56025f51217bff647ca631c7880ad3dbf546b03728ba98297ebbc22 AS uv
+FROM ${BASE} AS uv
 COPY requirements.lock /build/
 # The distribution keeps one version of a package, so a pin would break where it should hold.
 # hadolint ignore=DL3008
@@ -17,7 +20,7 @@ RUN apt-get update \
     && /opt/uv/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement /build/uv.lock
 
 
-FROM nvidia/cuda:12.1.1-base-ubuntu22.04@sha256:457a4076c56025f51217bff647ca631c7880ad3dbf546b03728ba98297ebbc22 AS cpu
+FROM ${BASE} AS cpu
 ARG PYTHON
 ENV LANG=C.UTF-8 \
     HOME=/tmp \
@@ -63,12 +66,15 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
 
 WORKDIR /kd
 COPY . .
-# No Git here, so DVC does without; its cache lies beside the artifacts, so that one volume holds both.
+# No Git here, so DVC does without. One volume, artifacts/, holds the results and what has to survive with them: DVC's
+# cache, and behind links params.yaml, dvc.lock and the reviews (the noxfile brings them where the volume has none).
 RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     --mount=type=cache,target=/var/cache/uv \
     /opt/uv/bin/uv pip install --quiet --no-deps --no-build-isolation --editable . \
     && printf '[core]\n    no_scm = true\n[cache]\n    dir = ../artifacts/.cache\n' > .dvc/config.local \
-    && mkdir -p artifacts /models \
+    && mkdir -p artifacts /models /opt/kd/state \
+    && mv params.yaml dvc.lock reviews /opt/kd/state/ \
+    && ln -s artifacts/.state/params.yaml artifacts/.state/dvc.lock artifacts/.state/reviews . \
     && useradd --uid 1000 --no-create-home --home-dir /tmp kd \
     && chmod -R a+rwX /kd /models
 
@@ -86,7 +92,9 @@ CMD ["mini"]
 
 
 # exllamav2's wheel carries its CUDA sources; its own build, done here once instead of at every first import.
-FROM nvidia/cuda:12.1.1-devel-ubuntu22.04@sha256:7012e535a47883527d402da998384c30b936140c05e2537158c80b8143ee7425 AS extension
+FROM ${DEVEL} AS extension
+# So many compilers at once, some 2 GiB each; torch would start one more than there are cores.
+ARG MAX_JOBS=4
 ENV TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0" TORCH_EXTENSIONS_DIR=/build PATH=/opt/kd/venv/bin:$PATH
 RUN --mount=type=bind,from=cpu,source=/opt/kd,target=/opt/kd \
     python -c "import exllamav2.ext"

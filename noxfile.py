@@ -30,10 +30,35 @@ def environment(session: nox.Session) -> None:
     os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # without bytecode every stage compiles torch's sources anew
     os.environ["PATH"] = f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"  # nox looks programs up here
     if IMAGE_ENVIRONMENT:
+        bring_state(session)
         return
     install = ("uv", "pip", "install", "--quiet", "--no-deps")
     session.run(*install, "--require-hashes", "--requirement", LOCK)
     session.run(*install, "--no-build-isolation", "--editable", ".")
+
+
+def bring_state(session: nox.Session) -> None:
+    """In the image params.yaml, dvc.lock and the reviews are links into artifacts/, so that they survive with it. A
+    volume begins with the image's."""
+    kept = Path("artifacts/.state")
+    try:
+        kept.mkdir(exist_ok=True)
+        for origin in sorted((ENVIRONMENT.parent / "state").iterdir()):
+            if not (kept / origin.name).exists():
+                copy = shutil.copytree if origin.is_dir() else shutil.copy
+                copy(origin, kept / origin.name)
+    except OSError as error:
+        session.error(
+            f"artifacts/ cannot be written ({error.strerror}); let user {os.getuid()} write to the folder mounted "
+            "there, or run as its owner: docker run --user $(id -u)"
+        )
+
+
+def demand(session: nox.Session, *programs: str) -> None:
+    """End a session that needs what the image leaves out."""
+    absent = [program for program in programs if not shutil.which(program)]
+    if IMAGE_ENVIRONMENT and absent:
+        session.error(f"the image has no {', '.join(absent)}; run this session in a checkout, as CONTRIBUTING.md says")
 
 
 @nox.session(python=False)
@@ -46,24 +71,35 @@ def lock(session: nox.Session) -> None:
     )  # fmt: skip
 
 
-def reproduce(session: nox.Session, profile: str) -> None:
-    """Run a profile's pipeline and print its table. Stages that are up to date do not run again."""
+def reproduce(session: nox.Session, profile: str | None = None) -> None:
+    """Run a profile's pipeline (params.yaml as it stands without one) and print its table. Stages that are up to date
+    do not run again."""
     environment(session)
-    switch(session, profile)
+    profile = switch(session, profile)
     session.run("dvc", "repro", *session.posargs, "assess", "statistics")
     # The table is printed once, below; what it depends on has just been run.
     session.run("dvc", "repro", *session.posargs, "--single-item", "report", silent=True)
     session.run("cat", f"artifacts/{profile}/report/results.md")
 
 
-def switch(session: nox.Session, profile: str) -> None:
-    """Make params.yaml the profile's, unless it is that already, changed or not."""
+def switch(session: nox.Session, profile: str | None) -> str:
+    """Make params.yaml the profile's, unless it is that already, changed or not; returns the profile that it has."""
     params = Path("params.yaml").read_text(encoding="utf-8")
-    if re.search(rf"^profile: {re.escape(profile)}\s", params, re.MULTILINE):
-        return
+    found = re.search(r"^profile: *([a-z0-9-]+)", params, re.MULTILINE)
+    if found and profile in (None, found[1]):
+        return found[1]
+    if profile is None:
+        session.error("params.yaml: no line `profile: <name>`; profiles/mini.yaml shows what belongs there")
     if params not in (path.read_text(encoding="utf-8") for path in Path("profiles").glob("*.yaml")):
         session.error(f"params.yaml is changed; keep it elsewhere, then `cp profiles/{profile}.yaml params.yaml`")
     shutil.copyfile(f"profiles/{profile}.yaml", "params.yaml")
+    return profile
+
+
+@nox.session(python=False)
+def repro(session: nox.Session) -> None:
+    """params.yaml as it stands, its pipeline and its table: whatever of it is out of date."""
+    reproduce(session)
 
 
 @nox.session(python=False)
@@ -96,6 +132,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def gpu(session: nox.Session) -> None:
+    """The tests of what runs on a GPU, which skip themselves where there is none; arguments go to pytest."""
+    environment(session)
+    session.run("pytest", "-ra", "tests/gpu", *session.posargs)
+
+
+@nox.session(python=False)
 def extractor(session: nox.Session) -> None:
     """The extractor's suite alone; arguments go to pytest."""
     environment(session)
@@ -107,6 +150,7 @@ def extractor(session: nox.Session) -> None:
 def browser(session: nox.Session) -> None:
     """The report's page in Chromium, which has to be installed (and npm, for axe); arguments go to pytest."""
     environment(session)
+    demand(session, "playwright")
     if shutil.which("npm"):
         session.run(
             "npm", "install", "--silent", "--no-save", "--no-package-lock", "--prefix", NODE, AXE, external=True
@@ -118,6 +162,7 @@ def browser(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """ruff (style and format), mypy (strict) and hadolint."""
     environment(session)
+    demand(session, "ruff", "mypy", "hadolint")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from kd import config
 from kd.errors import WorkFailedError
 from kd.machine import GIB, Disk, Machine, Source, gpus_needed, read_machine
+from kd.teacher.backends.exllamav2 import extension_mend
 
 PYTHON = "3.11"
 DRIVER = (525, 60)  # the oldest that runs CUDA 12.1, which the pinned torch is built for
@@ -152,8 +153,7 @@ def _extension(params: config.Config, machine: Machine) -> Check:
         return Check(name, "not needed", f"the teacher's backend is {params.teacher.backend}")
     if machine.extension is None:
         return Check(name, "skipped", "it takes the package and a GPU to try")
-    mend = "install exllamav2's wheel for the pinned torch and CUDA 12.1, or a CUDA compiler (nvcc) to build it with"
-    return _check(name, machine.extension == "", machine.extension or "yes", mend)
+    return _check(name, machine.extension == "", machine.extension or "yes", extension_mend())
 
 
 def _memory(params: config.Config, machine: Machine) -> Check:

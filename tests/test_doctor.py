@@ -59,7 +59,7 @@ def test_a_fit_machine_passes_every_check_of_the_papers_profile() -> None:
         ({"driver": "515.43.04"}, "NVIDIA driver", "update it to 525.60 or newer"),
         ({"driver": "525.59"}, "NVIDIA driver", "update it to 525.60 or newer"),
         ({"gpus": (), "driver": None, "extension": None}, "NVIDIA driver", "install a driver from 525.60 up"),
-        ({"extension": "undefined symbol"}, "exllamav2 loads", "wheel for the pinned torch"),
+        ({"extension": "undefined symbol"}, "exllamav2 loads", "a CUDA compiler (nvcc) that builds its extension"),
         ({"memory": 32 * GIB}, "memory", "64 GiB"),
         ({"results": Disk(Path("a"), 50 * GIB, 0, 1)}, "disk for results", "make room, or put artifacts/"),
         ({"models": Disk(Path("c"), 300 * GIB, 0, 2)}, "disk for models", "make room, or set HF_HUB_CACHE"),
@@ -69,6 +69,11 @@ def test_a_fit_machine_passes_every_check_of_the_papers_profile() -> None:
 )
 def test_what_a_machine_lacks_fails_with_its_mend(changes: dict[str, Any], name: str, mend: str) -> None:
     assert mend in failed(PAPER, **changes)[name]
+
+
+def test_an_image_without_the_extension_names_the_target_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KD_ENVIRONMENT", "/opt/kd/venv")
+    assert "docker build --target gpu --tag kd:gpu ." in failed(PAPER, extension="no nvcc")["exllamav2 loads"]
 
 
 def test_nothing_else_fails_than_what_is_lacking() -> None:

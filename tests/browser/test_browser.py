@@ -11,13 +11,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
 from ruamel.yaml import YAML
 from written import response, word
 
 from kd.assess.score import log_text
 from kd.cli import main
 from kd.dataset import Example
+
+pytest.importorskip("playwright", reason="needs playwright, which the image leaves out")
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 pytestmark = pytest.mark.browser
 

@@ -6,6 +6,7 @@ question, which does not use the cache. Its states are kept before the final nor
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from kd import config, models
@@ -77,8 +78,12 @@ def _library(teacher: config.Teacher) -> Any:
     try:
         import exllamav2
     except ImportError as error:
-        raise UserError(
-            f"teacher.backend: exllamav2 does not import ({error}); install requirements.lock with its extra "
-            "`exllamav2`, and a CUDA compiler (nvcc) that it can build its extension with"
-        ) from error
+        raise UserError(f"teacher.backend: exllamav2 does not import ({error}); {extension_mend()}") from error
     return exllamav2
+
+
+def extension_mend() -> str:
+    """What to do where exllamav2 lacks its compiled extension: in the image, and elsewhere."""
+    if "KD_ENVIRONMENT" in os.environ:
+        return "this image has no compiled extension; build the other one: docker build --target gpu --tag kd:gpu ."
+    return "install requirements.lock with its extra `exllamav2`, and a CUDA compiler (nvcc) that builds its extension"
