@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 from tiny import make_tiny_llama
 
@@ -39,6 +40,48 @@ def tiny_params(tiny_llama: Path) -> dict[str, Any]:
     for experiment in params["experiments"].values():
         experiment["max_new_tokens"] = 6
     return params
+
+
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    """For what runs on a GPU: skips where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is about the CPU: on a machine with a GPU none is visible, to this process or its children."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def gpu_llama(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in sizes that a GPU's kernels take; its 401 tokens are a multiple of nothing."""
+    del gpu
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
+    return make_tiny_llama(tmp_path_factory.mktemp("gpu-llama"), vocabulary=401, **sizes)
+
+
+@pytest.fixture
+def gpu_params(gpu_llama: Path, tiny_params: dict[str, Any]) -> dict[str, Any]:
+    """The tiny params with that Llama on both sides."""
+    tiny_params["teacher"]["model"] = tiny_params["student"]["model"] = {"source": "folder", "path": str(gpu_llama)}
+    return tiny_params
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[Callable[[int], None]]:
+    """Let this process take no more than so many bytes of the GPU's memory beyond what it has now."""
+
+    def limit(more: int) -> None:
+        torch.cuda.empty_cache()
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.fixture

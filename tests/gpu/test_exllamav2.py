@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tiny_llama
+from commands import begin
 
 from kd import models
 from kd.cli import main
@@ -21,36 +19,22 @@ from kd.dataset import read_examples
 from kd.teacher import backends, capture
 from kd.teacher.store import TeacherStore
 
-if not torch.cuda.is_available():
-    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
-if find_spec("exllamav2") is None:
-    pytest.skip("needs exllamav2 (requirements.lock's extra of that name)", allow_module_level=True)
+pytestmark = [
+    pytest.mark.usefixtures("gpu"),
+    pytest.mark.skipif(find_spec("exllamav2") is None, reason="needs exllamav2"),
+]
 
 STORE = Path("artifacts/mini/teacher/teacher")
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sizes that exllamav2's kernels take; its 401 tokens are not a multiple of 32, so the head is padded."""
-    return make_tiny_llama(
-        tmp_path_factory.mktemp("llama"),
-        vocabulary=401,
-        hidden_size=256,
-        intermediate_size=512,
-        initializer_range=0.05,
-    )
-
-
 @pytest.fixture
-def ready(llama: Path, tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    model = {"source": "folder", "path": str(llama)}
-    tiny_params["teacher"] = {"backend": "exllamav2", "model": model, "dtype": "float16", "cache": "q6"}
-    tiny_params["student"]["model"] = model
-    tiny_params["dataset"]["train_rows"] = 40
-    write_params(tiny_params)
+def ready(gpu_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    gpu_params["teacher"] |= {"backend": "exllamav2", "dtype": "float16", "cache": "q6"}
+    gpu_params["dataset"]["train_rows"] = 40
+    write_params(gpu_params)
     for command in (["prepare"], ["head"]):
         assert main(command) == 0
-    return tiny_params
+    return gpu_params
 
 
 @pytest.mark.usefixtures("ready")
@@ -98,7 +82,23 @@ def test_two_processes_make_the_same_store_as_one() -> None:
     assert main(["teacher", "teacher"]) == 0
     expected = {path.name: path.read_bytes() for path in STORE.iterdir()}
     STORE.rename("one")
-    command = [sys.executable, "-m", "kd.cli", "teacher", "teacher"]
-    pair = [subprocess.Popen(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
-    assert [process.wait() for process in pair] == [0, 0]
+    pair = [begin("teacher", "teacher", RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    for process in pair:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert {path.name: path.read_bytes() for path in STORE.iterdir()} == expected
+
+
+@pytest.mark.usefixtures("ready")
+def test_a_killed_capture_goes_on_and_ends_in_the_same_bytes() -> None:
+    assert main(["teacher", "teacher"]) == 0
+    expected = {path.name: path.read_bytes() for path in STORE.iterdir()}
+    STORE.rename("one")
+    process = begin("teacher", "teacher")
+    while not list(Path("artifacts/.partial").glob("*/states-*.safetensors")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert main(["teacher", "teacher"]) == 0
     assert {path.name: path.read_bytes() for path in STORE.iterdir()} == expected

@@ -1,0 +1,97 @@
+"""Batched decoding with CUDA graphs: what `generate` says, however many slots the memory leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from asking import answers, rows_of
+
+from kd import models
+from kd.assess.decode import SlotDecoder, decode
+from kd.assess.generate import Ending, load_student, respond
+from kd.miniature import problems
+
+pytestmark = pytest.mark.usefixtures("gpu")
+
+LIMIT = 40
+
+
+@pytest.fixture
+def student(gpu_llama: Path) -> Any:
+    return load_student(gpu_llama, "float32", None, "cuda")
+
+
+@pytest.fixture
+def prompts() -> list[str]:
+    return [problem.question for problem in problems(40, seed=3)]
+
+
+def test_batches_say_what_generate_says(gpu_llama: Path, student: Any, prompts: list[str]) -> None:
+    tokenizer = models.load_tokenizer(gpu_llama)
+    alone = answers(student, tokenizer, prompts, LIMIT, slots=None)
+    for slots in (1, 7, 16, 64):  # rows wait for slots, or slots for rows
+        assert answers(student, tokenizer, prompts, LIMIT, slots) == alone
+
+
+def test_a_string_that_stops_ends_rows_alike(gpu_llama: Path, student: Any, prompts: list[str]) -> None:
+    tokenizer = models.load_tokenizer(gpu_llama)
+    stop = ("e",)
+    alone = answers(student, tokenizer, prompts, LIMIT, None, stop)
+    assert answers(student, tokenizer, prompts, LIMIT, 16, stop) == alone
+    assert any(not response.reached_limit for response in alone)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_says_the_same(
+    gpu_llama: Path,
+    student: Any,
+    prompts: list[str],
+    memory_limit: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = models.load_tokenizer(gpu_llama)
+    expected = answers(student, tokenizer, prompts, LIMIT, slots=16)
+    tried = []
+    real = SlotDecoder.__init__
+
+    def counted(self: SlotDecoder, model: Any, slots: int, length: int) -> None:
+        tried.append(slots)
+        real(self, model, slots, length)
+
+    monkeypatch.setattr(SlotDecoder, "__init__", counted)
+    length = 16_384  # more positions than a row needs, so that the cache is what takes the memory
+    rows, ending = rows_of(tokenizer, prompts, LIMIT), Ending(tokenizer, frozenset({1}))
+    settings = student.config
+    per_slot = 2 * settings.num_hidden_layers * settings.num_key_value_heads * 64 * 4 * length
+    memory_limit(24 * per_slot)
+    ended = [row for some in respond(student, rows, ending, 32 * length, length, "test") for row in some]
+    assert tried == [32, 16]
+    assert [ending.response(row) for row in sorted(ended, key=lambda row: row.index)] == expected
+
+
+def test_a_row_that_does_not_fit_alone_is_named(
+    gpu_llama: Path, student: Any, memory_limit: Callable[[int], None]
+) -> None:
+    rows = rows_of(models.load_tokenizer(gpu_llama), ["How many?"], LIMIT)
+    memory_limit(2**20)
+    ((row,),) = [some for some in decode(student, rows, 1, 16_384, lambda _: False) if some]
+    assert row.failure == "out of GPU memory, alone on it"
+
+
+def test_no_number_in_one_row_leaves_the_others_alone(gpu_llama: Path, student: Any, prompts: list[str]) -> None:
+    tokenizer = models.load_tokenizer(gpu_llama)
+    expected = answers(student, tokenizer, prompts, LIMIT, slots=16)
+    token = models.encode(tokenizer, "$", bos=False)[0]
+    with torch.no_grad():
+        student.model.embed_tokens.weight[token] = torch.nan
+    rows = rows_of(tokenizer, ["How much is $ 5?", *prompts], LIMIT)
+    ending = Ending(tokenizer, frozenset({1}))
+    length = max(len(row.prompt) for row in rows) + LIMIT
+    for _ in respond(student, rows, ending, 16 * (length + 16), length, "test"):
+        pass
+    clean = [i for i, row in enumerate(rows) if token not in row.prompt and token not in row.new]
+    assert rows[0].failure is not None
+    assert [ending.response(rows[i]) for i in clean] == [expected[i - 1] for i in clean]

@@ -1,0 +1,91 @@
+"""The stages by the command line, on a GPU, alone and by several processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import begin, contents, run
+from conftest import environment
+
+pytestmark = pytest.mark.usefixtures("gpu")
+
+Write = Callable[[dict[str, Any]], None]
+MINI = Path("artifacts/mini")
+CARDS = """
+from kd.distributed import take_gpus, this_process
+take_gpus(this_process())
+import torch
+torch.ones(1, device="cuda")
+import os
+print(os.environ.get("CUDA_VISIBLE_DEVICES", "all"), torch.cuda.device_count())
+"""
+
+
+@pytest.fixture
+def small(gpu_params: dict[str, Any], write_params: Write) -> dict[str, Any]:
+    """Params with one teacher's prompt, two students and three rows of the table."""
+    kept = {"adapters": ("fine-tuning", "teacher-kd"), "experiments": ("no-distillation", "fine-tuning", "teacher-kd")}
+    for key, names in kept.items():
+        gpu_params[key] = {name: gpu_params[key][name] for name in names}
+    gpu_params["prompts"] = ["teacher"]
+    gpu_params["student"]["dtype"] = "bfloat16"
+    write_params(gpu_params)
+    return gpu_params
+
+
+@pytest.mark.usefixtures("small")
+def test_the_whole_chain_ends_in_its_table() -> None:
+    stages = "prepare/head/teacher teacher/statistics/train fine-tuning/train teacher-kd"
+    stages += "/assess no-distillation/assess fine-tuning/assess teacher-kd/report/attention"
+    for stage in stages.split("/"):
+        run(*stage.split())
+    results = json.loads((MINI / "report/results.json").read_text())
+    assert set(results["experiments"]) == {"no-distillation", "fine-tuning", "teacher-kd"}
+    assert (MINI / "report/index.html").stat().st_size > 10_000
+    assert {path.suffix for path in (MINI / "attention").rglob("*") if path.is_file()} >= {".json", ".png"}
+    run("measure", "teacher-kd")
+
+
+def pair(*arguments: str) -> None:
+    """`kd` as two processes at once, which share the GPUs."""
+    processes = [begin(*arguments, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    for process in processes:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+
+
+@pytest.mark.usefixtures("small")
+def test_two_processes_capture_and_assess_as_one_does() -> None:
+    for stage in (["prepare"], ["head"], ["teacher", "teacher"], ["assess", "no-distillation"]):
+        run(*stage)
+    store, log = MINI / "teacher/teacher", MINI / "logs/no-distillation.csv"
+    alone = contents(store), log.read_bytes()
+    shutil.rmtree(store)
+    log.unlink()
+    pair("teacher", "teacher")
+    pair("assess", "no-distillation")
+    assert (contents(store), log.read_bytes()) == alone
+
+
+def test_two_processes_take_the_gpus_between_them() -> None:
+    count = torch.cuda.device_count()
+    found = []
+    for rank in range(2):
+        variables = environment() | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        done = subprocess.run([sys.executable, "-c", CARDS], env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split())
+    if count == 1:
+        assert [cards for _, cards in found] == ["1", "1"]  # it is shared
+    else:
+        named = [visible.split(",") for visible, _ in found]
+        assert [len(cards) for cards in named] == [int(cards) for _, cards in found]
+        assert sorted(named[0] + named[1]) == sorted(map(str, range(count)))
