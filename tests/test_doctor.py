@@ -37,6 +37,11 @@ FIT = Machine(
 )
 
 
+@pytest.fixture(autouse=True)
+def _not_in_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KD_ENVIRONMENT", raising=False)
+
+
 def failed(params: config.Config, **changes: Any) -> dict[str, str]:
     """The checks that fail once FIT has these changes, with their mends."""
     checks = doctor.check(params, dataclasses.replace(FIT, **changes))

@@ -10,9 +10,10 @@ from kd.assess.rules.rule import Found
 _SEPARATORS = re.compile(r"[^0-9.]")
 MINUS = "-\u2212"  # hyphen and minus sign
 # Starts with a plain class, which the regex engine can search for quickly; what stands before it is read by `_found`.
-PLAIN = re.compile(r"[0-9][0-9]*+(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?")
+# Its group is not possessive: Python 3.11.2 then takes a separator that belongs to no thousands.
+PLAIN = re.compile(r"[0-9][0-9]*+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]++)?")
 # The same with LaTeX's thousands separators as well: "70{,}000", "70\,000", and a thin or no-break space.
-LATEX = re.compile(r"[0-9][0-9]*+(?:(?:,|\{,\}|\\[,;:! ]|[\u00a0\u2009\u202f])[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?")
+LATEX = re.compile(r"[0-9][0-9]*+(?:(?:,|\{,\}|\\[,;:! ]|[\u00a0\u2009\u202f])[0-9]{3}(?![0-9]))*(?:\.[0-9]++)?")
 
 
 def numbers(
