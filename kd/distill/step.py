@@ -10,7 +10,6 @@ kernel, and to refuse whatever else has none.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -92,7 +91,6 @@ def make_batch(matches: list[Match], states: States | None, bucket: int = 1) -> 
 def deterministic() -> Iterator[None]:
     """Within it torch takes kernels that give the same bits each time, and refuses what has none."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS
     # A debugging aid that writes every tensor twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

@@ -116,7 +116,6 @@ def test_update_is_pytorchs_sgd(tiny_llama: Path, settings: Distill) -> None:
     assert torch.equal(torch.cat(trained), descent.weights)  # the modules have what was trained
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_graphs_need_a_gpu(tiny_llama: Path, settings: Distill) -> None:
     model = student(tiny_llama, ["q_proj"])
     assert isinstance(make_step(model, None, settings), EagerStep)

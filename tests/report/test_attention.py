@@ -117,7 +117,7 @@ def plain_metrics(model: Any, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("student", "adapter"), [("no-distillation-matched", None), ("teacher-kd", "teacher-kd")])
-@pytest.mark.usefixtures("trained")
+@pytest.mark.usefixtures("on_cpu", "trained")  # to the last bits of float32
 def test_metrics_are_those_of_the_plain_definitions(student: str, adapter: str | None, tiny_llama: Path) -> None:
     model = plain_student(tiny_llama, ARTIFACTS / "adapters" / adapter if adapter else None)
     plain = [plain_metrics(model, ids) for ids in questions(tiny_llama)]
@@ -157,7 +157,7 @@ def deep(one: Any) -> Any:
 
 
 @pytest.mark.parametrize("adapter", [None, "base-kd"])
-@pytest.mark.usefixtures("trained")
+@pytest.mark.usefixtures("on_cpu", "trained")  # to the last bits of float32
 def test_confidence_is_the_mean_of_the_largest_probability(adapter: str | None, tiny_llama: Path) -> None:
     model = plain_student(tiny_llama, ARTIFACTS / "adapters" / adapter if adapter else None)
     tokenizer = models.load_tokenizer(tiny_llama)

@@ -19,8 +19,12 @@ FILE = Path("base.safetensors")
 
 
 @pytest.fixture
-def exported(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, torch.Tensor]:
-    """A working folder with a store and the notebooks' file made of it; its tensors."""
+def exported(
+    on_cpu: None, tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+) -> dict[str, torch.Tensor]:
+    """A working folder with a store and the notebooks' file made of it; its tensors. Where these are compared, their
+    bits are the CPU's."""
+    del on_cpu
     write_params(tiny_params)
     for command in (["prepare"], ["head"], ["teacher", "base"], ["store", "export", str(STORE), str(FILE)]):
         assert main(command) == 0

@@ -118,7 +118,7 @@ def capture_with_two_processes() -> None:
     assert not list(PARTIAL.iterdir())
 
 
-@pytest.mark.usefixtures("ready")
+@pytest.mark.usefixtures("on_cpu", "ready")  # the kills are spread over a time of which a GPU spends all in starting
 def test_killed_at_twenty_random_points_the_next_runs_end_in_the_same_bytes() -> None:
     in_a_fresh_process(kill_at_random_points)
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from commands import begin, contents, run
+from commands import begin, contents
 from conftest import environment
+
+from kd.cli import main
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
@@ -46,12 +48,12 @@ def test_the_whole_chain_ends_in_its_table() -> None:
     stages = "prepare/head/teacher teacher/statistics/train fine-tuning/train teacher-kd"
     stages += "/assess no-distillation/assess fine-tuning/assess teacher-kd/report/attention"
     for stage in stages.split("/"):
-        run(*stage.split())
+        assert main(stage.split()) == 0
     results = json.loads((MINI / "report/results.json").read_text())
     assert set(results["experiments"]) == {"no-distillation", "fine-tuning", "teacher-kd"}
     assert (MINI / "report/index.html").stat().st_size > 10_000
     assert {path.suffix for path in (MINI / "attention").rglob("*") if path.is_file()} >= {".json", ".png"}
-    run("measure", "teacher-kd")
+    assert main(["measure", "teacher-kd"]) == 0
 
 
 def pair(*arguments: str) -> None:
@@ -65,7 +67,7 @@ def pair(*arguments: str) -> None:
 @pytest.mark.usefixtures("small")
 def test_two_processes_capture_and_assess_as_one_does() -> None:
     for stage in (["prepare"], ["head"], ["teacher", "teacher"], ["assess", "no-distillation"]):
-        run(*stage)
+        assert main(stage) == 0
     store, log = MINI / "teacher/teacher", MINI / "logs/no-distillation.csv"
     alone = contents(store), log.read_bytes()
     shutil.rmtree(store)
