@@ -12,7 +12,7 @@ from conftest import environment
 def begin(*arguments: str, **variables: str) -> subprocess.Popen[str]:
     """`kd`, begun, with more variables in its environment."""
     command = [sys.executable, "-m", "kd.cli", *arguments]
-    return subprocess.Popen(command, env=environment() | variables, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment() | variables, stderr=subprocess.PIPE, encoding="utf-8")
 
 
 def run(*arguments: str, **variables: str) -> None:
