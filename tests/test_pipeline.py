@@ -7,21 +7,24 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY, environment
 from ruamel.yaml import YAML
 
-REPOSITORY = Path(__file__).parent.parent
 FILES = ("kd", "profiles", "reviews", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
+def on_cpu() -> dict[str, str]:
+    """The environment of the commands here, which are about DVC and start some forty processes: no GPU is visible."""
+    return environment() | {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=on_cpu(), capture_output=True, text=True)
 
 
 def repro(folder: Path, *arguments: str) -> str:
@@ -112,11 +115,10 @@ def test_a_killed_stage_leaves_no_result_and_runs_again(clone: Path, stage: str)
     md5 = expected[f"artifacts/mini/{folder}"]
     (clone / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()  # or DVC restores the result instead of running
     work = f"mini-{folder.replace('/', '-')}*"  # a teacher's has the fingerprint of what shapes its result behind it
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     process = subprocess.Popen(
         ["dvc", "repro", "--single-item", "--force", stage],
         cwd=clone,
-        env=environment,
+        env=on_cpu(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -1,11 +1,10 @@
 """One update: from a batch of matched rows to new adapter weights, launched kernel by kernel or as a CUDA graph.
 
 An update is deterministic: on one machine the same batch, weights and random state give the same bytes, also behind a
-kill. On a CPU that is torch's flag. On a GPU the flag alone will not do: under it torch 2.4.0 replaces what adds in any
-order (`scatter_add_`, the gradient of `index_select`, indexed assignment) by a sort that waits for the host, and a
-graph cannot hold what waits. So an update is made of operations whose result depends on no order in the first place:
-what would be scattered is compared or looked up. The flag stays on, for attention's gradient, which has an ordered
-kernel, and to refuse whatever else has none.
+kill. On a CPU that is torch's flag. On a GPU the flag alone will not do: under it torch 2.4.0 does a `scatter_add_`,
+which adds in any order, by a sort that waits for the host, and a graph cannot hold what waits. So an update is made of
+operations whose result depends on no order in the first place: what would be scattered is compared or looked up. The
+flag stays on for attention's gradient, whose kernels have an ordered way, and to refuse what has none.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def deterministic() -> Iterator[None]:
 
 class _Matched(torch.autograd.Function):
     """Hidden states [examples * tokens, hidden] -> those of a batch's `rows`. Their gradient is looked up by its
-    `places`, where `index_select`'s own is added up."""
+    `places`, where `index_select`'s own is sorted and added up."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -82,14 +82,23 @@ def test_a_range_of_learning_rates_is_searched_by_its_logarithm(
     assert best["learning_rate"] == min((one, other), key=lambda trial: trial.value).params["learning_rate"]
 
 
-# Two processes that are at `kd search` together; forked, so that the libraries are imported once. What each says is in
-# a file of its own.
+# Two processes that are at `kd search` together: neither ends its first trial before the other has begun one. Forked,
+# so that the libraries are imported once. What each says is in a file of its own.
 TOGETHER = """if True:
-    import os
+    import os, time
     import peft, optuna.visualization.matplotlib
     from kd.cli import main
     from kd.distill import search
 
+    evaluate = search.evaluate
+
+    def evaluate_in_company(*arguments):
+        os.close(os.open(f"began-{os.getpid()}", os.O_CREAT))
+        while sum(name.startswith("began-") for name in os.listdir()) < 2:
+            time.sleep(0.01)
+        return evaluate(*arguments)
+
+    search.evaluate = evaluate_in_company
     children = []
     for name in ("one", "other"):
         child = os.fork()
@@ -108,7 +117,7 @@ def test_two_processes_at_once_share_a_study_and_leave_one_whole_result(
 ) -> None:
     ready["search"]["trials"] = 8
     write_params(ready)
-    done = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True, timeout=300)
     said = [Path(name).read_text() for name in ("one", "other")]
     assert done.stdout == "[0, 0]\n", (done.stderr, said)
     assert all("trial " in text for text in said)  # both took part
