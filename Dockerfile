@@ -20,7 +20,8 @@ RUN apt-get update \
     && /opt/uv/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement /build/uv.lock
 
 
-FROM ${BASE} AS cpu
+# What changes with the lock alone.
+FROM ${BASE} AS libraries
 ARG PYTHON
 ENV LANG=C.UTF-8 \
     HOME=/tmp \
@@ -50,6 +51,8 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     && /opt/uv/bin/uv pip install --quiet --no-deps --require-hashes --requirement /tmp/lock \
     && rm /tmp/lock
 
+
+FROM libraries AS cpu
 # What is imported here leaves its bytecode, which nothing can be written beside later.
 RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
@@ -96,7 +99,7 @@ FROM ${DEVEL} AS extension
 # So many compilers at once, up to 1.6 GiB each (four took 5.6 GiB at most).
 ARG MAX_JOBS=4
 ENV TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0" TORCH_EXTENSIONS_DIR=/build PATH=/opt/kd/venv/bin:$PATH
-RUN --mount=type=bind,from=cpu,source=/opt/kd,target=/opt/kd \
+RUN --mount=type=bind,from=libraries,source=/opt/kd,target=/opt/kd \
     python -c "import exllamav2.ext"
 
 
