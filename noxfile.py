@@ -39,7 +39,7 @@ def environment(session: nox.Session) -> None:
 
 def bring_state(session: nox.Session) -> None:
     """In the image params.yaml, dvc.lock and the reviews are links into artifacts/, so that they survive with it. A
-    volume begins with the image's."""
+    volume begins with the image's. A params file mounted at /params.yaml stands for the volume's."""
     kept = Path("artifacts/.state")
     try:
         kept.mkdir(exist_ok=True)
@@ -47,6 +47,9 @@ def bring_state(session: nox.Session) -> None:
             if not (kept / origin.name).exists():
                 copy = shutil.copytree if origin.is_dir() else shutil.copy
                 copy(origin, kept / origin.name)
+        given, params = Path("/params.yaml"), Path("params.yaml")
+        params.unlink(missing_ok=True)
+        params.symlink_to(given if given.exists() else kept / "params.yaml")
     except OSError as error:
         session.error(
             f"artifacts/ cannot be written ({error.strerror}); let user {os.getuid()} write to the folder mounted "
@@ -143,7 +146,7 @@ def extractor(session: nox.Session) -> None:
     """The extractor's suite alone; arguments go to pytest."""
     environment(session)
     suite = ("test_extract.py", "test_rule_sets.py", "test_robust.py", "test_review.py")
-    session.run("pytest", *(f"tests/assess/{file}" for file in suite), *session.posargs)
+    session.run("pytest", *(f"tests/scoring/{file}" for file in suite), *session.posargs)
 
 
 @nox.session(python=False)

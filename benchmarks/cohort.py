@@ -27,11 +27,11 @@ from result import write_result
 from train import ANSWERS, DEVICE, GIB, PAPER, QUESTIONS, synchronize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd.distill.alignment import Match
+from kd.distill.adapter import add_lora
 from kd.distill.cohort import Cohort
 from kd.distill.step import EagerStep, GraphStep, make_batch, make_step, on_device
-from kd.distill.train import add_lora
-from kd.teacher.store import TeacherHead
+from kd.protocol.alignment import Match
+from kd.store.head import TeacherHead
 
 SETTINGS = PAPER.distill.model_copy(update={"protocol": "aligned"})
 RATE = 5e-6

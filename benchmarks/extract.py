@@ -19,9 +19,9 @@ from pathlib import Path
 import pandas as pd
 from result import write_result
 
-from kd.assess.extract import extract, without_prompt
-from kd.files import read_table
-from kd.published import DATA, LOGS
+from kd.audit.logs import DATA, LOGS
+from kd.io.files import read_table
+from kd.scoring.extract import extract, without_prompt
 
 ROUNDS = 5
 LOOP = "notebook's loop"

@@ -28,15 +28,18 @@ from typing import Any
 import torch
 from result import write_result
 
-from kd import models
 from kd.config import FolderModel, Teacher
+from kd.data.miniature import problems
 from kd.distill.objective import reverse_kl
-from kd.miniature import problems
-from kd.progress import progress
-from kd.prompts import primed
-from kd.teacher import backends, store
+from kd.io.progress import progress
+from kd.models.load import encode, load_tokenizer
+from kd.protocol.reading import primed
+from kd.store.head import HEAD_FOLDER, TeacherHead, read_head_manifest, write_head
+from kd.store.reader import TeacherStore
+from kd.store.records import Prompt, Reading, Tokenization
+from kd.store.writer import StoreWriter
+from kd.teacher import backends
 from kd.teacher.capture import fill
-from kd.teacher.store import Prompt, Reading, StoreWriter, TeacherHead, TeacherStore, Tokenization
 
 ROUNDS = 5
 TEMPERATURE = 5.942267335064758
@@ -146,9 +149,9 @@ def make_questions(count: int, vocabulary: int) -> list[Reading]:
 
 def read_problems(folder: Path) -> list[Reading]:
     """The miniature's problems, primed as the teacher prompt does or bare in turns, in a model's own tokens."""
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     texts = [primed(("base", "teacher")[i % 2], problem.question) for i, problem in enumerate(problems(64, seed=1))]
-    ids = [models.encode(tokenizer, text, bos=False) for text in texts]
+    ids = [encode(tokenizer, text, bos=False) for text in texts]
     return [Reading(f"train-{i:05d}", found, (0, len(found))) for i, found in enumerate(ids, start=1)]
 
 
@@ -222,21 +225,21 @@ def capture(teacher: Teacher, loaded: Any, questions: list[Reading], batch_rows:
     """A whole store on disk; returns its bytes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    writer = StoreWriter(folder, backends.identity(teacher), *ABOUT, batch_rows=batch_rows)
+    writer = StoreWriter(folder, backends.identity(teacher), *ABOUT, key="", batch_rows=batch_rows)
     shards = list(range(-(-len(questions) // writer.shard_examples)))
     with progress((), "capture", "question", len(questions)) as bar:
         fill(loaded, questions, writer, shards, batch_rows, bar)
-    head = folder.parent / store.HEAD_FOLDER
-    writer.finish(store.read_head_manifest(head).sha256 if head.exists() else None)
+    head = folder.parent / HEAD_FOLDER
+    writer.finish(read_head_manifest(head).sha256 if head.exists() else None)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def exactness(teacher: Teacher, loaded: Any, questions: list[Reading], folder: Path) -> dict[str, Any]:
     """How far logits rebuilt from a store are from the model's own, and what that does to the loss."""
     questions = questions[:64]
-    shutil.rmtree(folder / store.HEAD_FOLDER, ignore_errors=True)
-    (folder / store.HEAD_FOLDER).mkdir()
-    store.write_head(folder / store.HEAD_FOLDER, backends.identity(teacher), loaded.head())
+    shutil.rmtree(folder / HEAD_FOLDER, ignore_errors=True)
+    (folder / HEAD_FOLDER).mkdir()
+    write_head(folder / HEAD_FOLDER, backends.identity(teacher), loaded.head())
     for name in ("exact", "exact again"):
         capture(teacher, loaded, questions, 1, folder / name)
     opened = TeacherStore(folder / "exact")

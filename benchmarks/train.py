@@ -26,11 +26,12 @@ from result import write_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.config import Distill, load_config
-from kd.distill.alignment import Match
+from kd.distill.adapter import add_lora
 from kd.distill.objective import Teacher, distillation_loss
 from kd.distill.step import BUCKET, Descent, make_batch, make_step
-from kd.distill.train import add_lora, descend
-from kd.teacher.store import TeacherHead
+from kd.distill.train import descend
+from kd.protocol.alignment import Match
+from kd.store.head import TeacherHead
 
 PAPER = load_config(Path(__file__).parent.parent / "profiles" / "paper.yaml")
 QUESTIONS = (32, 39, 44, 49, 54, 59, 64, 71, 80, 102)

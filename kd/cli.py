@@ -11,14 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.assess.extract import RULE_SETS
 from kd.errors import UserError, WorkFailedError
+from kd.scoring.extract import RULE_SETS
 
 if TYPE_CHECKING:
     from kd.config import Config
 
+# A study's processes: TensorFloat-32 products (bfloat16's speed at float32's range), which torch reads as it is
+# imported, and one thread each.
+STUDY_ENVIRONMENT = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
 EPILOG = """\
 The stages in order, as `dvc repro` runs them:
+  kd inputs                  what data and models there are; what is wrong with them is said now
   kd prepare                 the rows of GSM8K, or of the built-in miniature
   kd head                    the teacher's output head, kept once
   kd teacher teacher         the teacher reads the questions behind a prompt
@@ -48,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the process's exit status."""
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         print(f"kd: {error}", file=sys.stderr)
         return 2
@@ -62,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = str(stop) or "earlier results are as they were, run the same command again"
         print(f"kd: interrupted; {kept}", file=sys.stderr)
         return 130
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_models(commands)
     _add_store(commands)
+    _add_study(commands)
     return root
 
 
@@ -106,6 +111,7 @@ def _add_params(to: Any) -> None:
 def _add_stages(commands: Any) -> None:
     stage = partial(_add_configured, commands)
 
+    stage("inputs", _inputs, "check the data and the models that params name, and write what they are")
     stage("prepare", _prepare, "write the training and test rows to artifacts/<profile>/data")
     stage("head", _head, "keep the teacher's final norm and output head, once for all prompts")
     teacher = stage("teacher", _teacher, "capture the teacher's states behind one prompt")
@@ -244,11 +250,37 @@ def _add_store(commands: Any) -> None:
     sub.add_argument("--prompt", metavar="NAME", required=True, help="the prompt that the file was captured with")
 
 
+def _add_study(commands: Any) -> None:
+    text = "run a study: one experiment over conditions and seeds, compared by paired tests"
+    study = commands.add_parser("study", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = study.add_parser(name, help=text, description=text)
+        sub.add_argument("folder", metavar="FOLDER", type=Path, help="such as studies/smollm2-gsm8k")
+        sub.add_argument("--work", metavar="DIR", type=Path, help="where its results lie (FOLDER/work)")
+        sub.add_argument("--gsm8k", metavar="DIR", type=Path, help="GSM8K's own JSON lines, instead of the Hub")
+        sub.set_defaults(run=run)
+        return sub
+
+    begin = add("run", _study_run, "do what is missing, several tasks at a time")
+    begin.add_argument("--jobs", metavar="N", type=_count, help="tasks at a time (6 for each GPU, or 1 without any)")
+    begin.add_argument("--minutes", metavar="M", type=_minutes, help="stop after so long; the same command goes on")
+    one = add("task", _study_task, "do one task, in this process")
+    one.add_argument("name", metavar="TASK", help="as said/ names it: aligned-self-s1/base-kd")
+    add("results", _study_results, "write results.json, the README's tables, and logs/ for DVC")
+
+
+def _inputs(config: Config, _: argparse.Namespace) -> None:
+    from kd.inputs import write_inputs
+
+    write_inputs(config)
+
+
 def _prepare(config: Config, _: argparse.Namespace) -> None:
-    from kd.dataset import prepare
+    from kd.data.gsm8k import prepare
 
     if config.needs.gpus:  # before hours of work on a machine that cannot do it; what is written depends on none of it
-        from kd.doctor import examine, insist, text
+        from kd.machine.doctor import examine, insist, text
 
         print(text(checks := examine(config)), end="", file=sys.stderr)
         insist(checks)
@@ -256,16 +288,16 @@ def _prepare(config: Config, _: argparse.Namespace) -> None:
 
 
 def _head(config: Config, _: argparse.Namespace) -> None:
-    from kd.teacher.capture import write_head
+    from kd.teacher.capture import keep_head
 
-    write_head(config)
+    keep_head(config)
 
 
 def _teacher(config: Config, options: argparse.Namespace) -> None:
     from kd.config import choose
 
     choose(options.prompt, config.prompts, "prompt", "prompts")
-    from kd.distributed import launch
+    from kd.io.distributed import launch
 
     launch(config.launcher)
     from kd.teacher.capture import capture
@@ -287,7 +319,7 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
 
     choose(options.experiment, list(config.experiments), "experiment", "experiments")
     from kd.assess.run import assess, compare, comparison_text
-    from kd.distributed import launch
+    from kd.io.distributed import launch
 
     if not options.compare:
         launch(config.launcher)
@@ -298,7 +330,7 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
 
 
 def _doctor(config: Config, options: argparse.Namespace) -> None:
-    from kd.doctor import document, examine, insist, text
+    from kd.machine.doctor import document, examine, insist, text
 
     checks = examine(config)
     _print(json.dumps(document(config, checks), indent=1) if options.json else text(checks))
@@ -306,11 +338,11 @@ def _doctor(config: Config, options: argparse.Namespace) -> None:
 
 
 def _statistics(config: Config, options: argparse.Namespace) -> None:
-    from kd.report.tables import aligned
-    from kd.report.teachers import measure_prompts, rows
+    from kd.analysis.certainty import measure_prompts
+    from kd.report.tables import aligned, prompt_rows
 
     found = measure_prompts(config)
-    _print(json.dumps(found, indent=1) if options.json else aligned(rows(found)))
+    _print(json.dumps(found, indent=1) if options.json else aligned(prompt_rows(found)))
 
 
 def _search(config: Config, options: argparse.Namespace) -> None:
@@ -326,14 +358,15 @@ def _measure(config: Config, options: argparse.Namespace) -> None:
     from kd.config import choose
 
     choose(options.experiment, list(config.experiments), "experiment", "experiments")
-    from kd.assess.held_out import measure
+    from kd.analysis.test_loss import measure
 
     _print_values(measure(config, options.experiment), options.json)
 
 
 def _report(options: argparse.Namespace) -> None:
     if options.study:
-        from kd.report.study import read_study, text
+        from kd.study.results import read_study
+        from kd.study.tables import text
 
         study = read_study(options.study)
         _print(json.dumps(study["summary"], indent=1) if options.json else text(study))
@@ -357,9 +390,9 @@ def _attention(config: Config, options: argparse.Namespace) -> None:
 
 
 def _review(config: Config, options: argparse.Namespace) -> None:
-    from kd.assess import review
-    from kd.assess.score import open_rows
     from kd.config import choose
+    from kd.scoring import review
+    from kd.scoring.log import open_rows
 
     choose(options.experiment, list(config.experiments), "experiment", "experiments")
     rows, path = open_rows(config, options.experiment), review.reviews_file(options.experiment)
@@ -374,7 +407,7 @@ def _review(config: Config, options: argparse.Namespace) -> None:
 
 
 def _extract(options: argparse.Namespace) -> None:
-    from kd.assess.extract import extract, read_responses
+    from kd.scoring.extract import extract, read_responses
 
     responses = read_responses(options.file, options.column, options.prompt_column)
     rows = [
@@ -388,21 +421,22 @@ def _extract(options: argparse.Namespace) -> None:
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from kd.audit import audit, text
+    from kd.audit.page import text
+    from kd.audit.run import audit
 
     document = audit(options.data, options.output)
     _print(json.dumps(document, indent=1) if options.json else text(document))
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    from kd.published import DATA, SOURCE, fetch
+    from kd.audit.logs import DATA, SOURCE, fetch
 
     fetched = fetch(source=options.source or SOURCE)
     print(f"{DATA}: {', '.join(fetched) + ' fetched' if fetched else 'all files are there'}", file=sys.stderr)
 
 
 def _models_fetch(config: Config, _: argparse.Namespace) -> None:
-    from kd.models import fetch
+    from kd.models.load import fetch
 
     for role, done in fetch({"teacher": config.teacher.model, "student": config.student.model}).items():
         print(f"{role}: {done}", file=sys.stderr)
@@ -428,6 +462,40 @@ def _store_import(config: Config, options: argparse.Namespace) -> None:
     from kd.teacher.exchange import import_logits
 
     import_logits(config, options.file, options.path, options.prompt)
+
+
+def _study_run(options: argparse.Namespace) -> int:
+    os.environ.update(STUDY_ENVIRONMENT)
+    from kd.study.driver import at_work, run
+
+    with at_work(options.folder, options.work, options.gsm8k) as plan:
+        return run(plan, options.jobs, options.minutes)
+
+
+def _study_task(options: argparse.Namespace) -> int:
+    os.environ.update(STUDY_ENVIRONMENT)
+    from kd.study.driver import at_work, do
+
+    with at_work(options.folder, options.work, options.gsm8k) as plan:
+        return do(plan, options.name, main)
+
+
+def _study_results(options: argparse.Namespace) -> None:
+    from kd.study.driver import at_work, results
+
+    with at_work(options.folder, options.work, options.gsm8k) as plan:
+        results(plan)
+
+
+def _minutes(text: str) -> float:
+    """A positive number given on the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number greater than 0, found {text!r}")
+    return value
 
 
 def _count(text: str) -> int:

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from kd.errors import UserError
-from kd.prompts import PROMPTS
+from kd.paper import PROMPTS
 
 Count = Annotated[int, Field(gt=0)]
 Gib = Annotated[float, Field(ge=0)]  # units of 2^30 bytes

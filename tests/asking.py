@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from kd import models
 from kd.assess.decode import ALIGNMENT, Row
-from kd.assess.generate import Ending, Response, end_ids, respond, respond_one_at_a_time
+from kd.assess.generate import Ending, end_ids, respond, respond_one_at_a_time
+from kd.models.load import encode
+from kd.scoring.log import Response
 
 
 def rows_of(tokenizer: Any, prompts: list[str], limit: int) -> list[Row]:
-    return [Row(i, models.encode(tokenizer, prompt, bos=True), limit) for i, prompt in enumerate(prompts)]
+    return [Row(i, encode(tokenizer, prompt, bos=True), limit) for i, prompt in enumerate(prompts)]
 
 
 def answers(

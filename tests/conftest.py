@@ -15,7 +15,7 @@ import torch
 from ruamel.yaml import YAML
 from tiny import make_tiny_llama
 
-from kd.published import SHA256, is_published
+from kd.audit.logs import SHA256, is_published
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -9,8 +9,7 @@ import pytest
 
 from kd.cli import main
 from kd.config import Needs, load_config
-from kd.prompts import PROMPTS
-from kd.published import RESULTS
+from kd.paper import PROMPTS, RESULTS
 
 PROFILES = Path(__file__).parent.parent / "profiles"
 

@@ -33,6 +33,11 @@ def repro(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def ran(said: str) -> set[str]:
+    """The stages that a `dvc repro` ran."""
+    return {line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")}
+
+
 def write_params(folder: Path, params: dict[str, Any]) -> None:
     with (folder / "params.yaml").open("w") as file:
         YAML().dump(params, file)
@@ -57,7 +62,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     shutil.copytree(REPOSITORY / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     params = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
     params["dataset"] |= {"train_rows": 8, "test_rows": 4}
-    params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": str(tiny_llama)}
+    shutil.copytree(tiny_llama, folder / "llama")
+    params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": "llama"}
     params["distill"] |= {"cosine_steps": 8, "learning_rate": 0.05}
     for experiment in params["experiments"].values():
         experiment["max_new_tokens"] = 4
@@ -83,13 +89,12 @@ def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path, table: str) ->
     assert len(results["experiments"]) == 7
     assert all(result["rows"] == 4 for result in results["experiments"].values())
     first = outputs(clone)
-    assert len(first) == 21  # data, head, 4 teachers, statistics, 5 adapters, 7 logs, report, attention
+    assert len(first) == 22  # inputs, data, head, 4 teachers, statistics, 5 adapters, 7 logs, report, attention
 
-    assert "up to date" in repro(clone)
+    assert ran(repro(clone)) == {"inputs"}
 
     shutil.rmtree(clone / "artifacts")
-    restored = repro(clone)
-    assert "Running stage" not in restored
+    assert ran(repro(clone)) == {"inputs"}
     assert (clone / "artifacts/mini/report/accuracy.png").exists()
 
     repro(clone, "--force", "--single-item", "teacher@teacher", "train@teacher-kd", "assess@teacher-kd", "report")
@@ -102,9 +107,7 @@ def test_a_change_reruns_only_what_it_reaches(clone: Path) -> None:
     params = YAML(typ="safe").load(clone / "params.yaml")
     params["adapters"]["teacher-kd"]["dropout"] = 0.3
     write_params(clone, params)
-    done = repro(clone)
-    ran = {line.split("'")[1] for line in done.splitlines() if line.startswith("Running stage")}
-    assert ran == {"train@teacher-kd", "assess@teacher-kd", "report", "attention"}
+    assert ran(repro(clone)) == {"inputs", "train@teacher-kd", "assess@teacher-kd", "report", "attention"}
 
 
 @pytest.mark.parametrize("stage", ["train@base-kd", "teacher@base"])
@@ -135,3 +138,31 @@ def test_a_killed_stage_leaves_no_result_and_runs_again(clone: Path, stage: str)
     repro(clone, "--single-item", stage)
     assert outputs(clone) == expected
     assert not list((clone / "artifacts/.partial").glob(work))
+
+
+@pytest.mark.usefixtures("table")
+def test_other_bytes_in_folders_that_params_name_run_what_reads_them_again(clone: Path) -> None:
+    before = (clone / "params.yaml").read_text()
+    assert ran(repro(clone, "head")) == {"inputs"}
+    weights = clone / "llama/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert ran(repro(clone, "head")) == {"inputs", "head"}
+
+    rows = [{"question": f"How many are {i} and 1?", "answer": f"{i + 1}\n#### {i + 1}"} for i in range(9)]
+    (clone / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (clone / f"gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    params = YAML(typ="safe").load(before)
+    rows_wanted = {key: params["dataset"][key] for key in ("train_rows", "test_rows")}
+    params["dataset"] = {"source": "folder", "path": "gsm8k", "answers": "main", **rows_wanted}
+    write_params(clone, params)
+    assert ran(repro(clone, "prepare")) == {"inputs", "prepare"}
+    assert ran(repro(clone, "prepare")) == {"inputs"}
+    train = clone / "gsm8k/train.jsonl"
+    train.write_text(train.read_text().replace("How many", "How much"))
+    assert ran(repro(clone, "prepare")) == {"inputs", "prepare"}
+    train.unlink()
+    done = run(clone, "dvc", "repro", "prepare")
+    assert done.returncode != 0
+    assert "kd: gsm8k/train.jsonl: no such file; put it there, or name another folder" in done.stderr
+    (clone / "params.yaml").write_text(before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd import miniature
+from kd.data import miniature
 
 
 def make_tiny_llama(folder: Path, seed: int = 0, vocabulary: int = 400, **config: Any) -> Path:

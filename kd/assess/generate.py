@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kd import config, models
 from kd.assess.decode import NOT_A_NUMBER, Row, decode
-from kd.progress import progress, show_state
-
-
-@dataclass(frozen=True)
-class Response:
-    """What a student wrote: text without the prompt, its length in tokens, and whether it ran into the limit."""
-
-    text: str
-    tokens: int
-    reached_limit: bool
+from kd.io.progress import progress, show_state
+from kd.scoring.log import Response
 
 
 @dataclass(frozen=True)
@@ -50,12 +40,6 @@ class Ending:
     def _text(self, row: Row) -> str:
         text: str = self.tokenizer.decode(row.new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
-
-
-def load_student(folder: Path, dtype: config.Dtype, adapter: Path | None, device: str) -> Any:
-    """The student, with an adapter merged into its weights in memory where one is given."""
-    model = models.load_model(folder, dtype, device)
-    return model if adapter is None else models.with_adapter(model, adapter).merge_and_unload()
 
 
 def end_ids(student: Any) -> frozenset[int]:

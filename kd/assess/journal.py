@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from kd.assess.generate import Response
 from kd.errors import UserError
+from kd.scoring.log import Response
 
 
 class Journal:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from kd import models
+from kd import fingerprint
 from kd.assess.decode import Row
-from kd.assess.extract import extract
-from kd.assess.generate import Ending, Response, end_ids, load_student, respond, respond_one_at_a_time
+from kd.assess.generate import Ending, end_ids, respond, respond_one_at_a_time
 from kd.assess.journal import Journal
-from kd.assess.score import log_file, log_text
 from kd.config import Config
-from kd.dataset import Example, read_examples
-from kd.distill.alignment import student_token_ids
-from kd.distributed import take_gpus, this_process, wait_for_others
+from kd.data.rows import Example, read_examples
 from kd.errors import UserError, WorkFailedError
-from kd.files import read_json, remove_stale, sha256, unfinished_folder, write_whole_file
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+from kd.io.distributed import take_gpus, this_process, wait_for_others
+from kd.io.files import remove_stale, unfinished_folder, write_whole_file
+from kd.models.adapters import ADAPTER_WEIGHTS, adapter_folder, load_student
+from kd.models.load import context_length, default_device, load_tokenizer, model_folder
+from kd.protocol.reading import student_token_ids
+from kd.scoring.extract import extract
+from kd.scoring.log import Response, log_file, log_text
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,10 @@ class Respondent:
 
     def __init__(self, config: Config, experiment: str, questions: Questions) -> None:
         self.student = load_student(
-            models.model_folder(config.student.model),
+            model_folder(config.student.model),
             config.student.dtype,
             adapter_folder(config, experiment),
-            models.default_device(),
+            default_device(),
         )
         stop = config.experiments[experiment].stop
         self.ending = Ending(questions.tokenizer, end_ids(self.student), stop)
@@ -71,7 +67,7 @@ def assess(config: Config, experiment: str, *, exact: bool = False) -> None:
     process = this_process()
     take_gpus(process)
     questions = read_questions(config, experiment)
-    target, key = log_file(config, experiment), _key(config, experiment, questions, exact)
+    target, key = log_file(config, experiment), _key(config, experiment, exact)
     journal = Journal(unfinished_folder(target, key), process.rank)
     count, done = len(questions.rows), journal.read()
     todo = [questions.rows[i] for i in process.part(count) if i not in done]
@@ -129,9 +125,9 @@ def comparison_text(compared: dict[str, Any]) -> str:
 def read_questions(config: Config, experiment: str) -> Questions:
     """The prepared test questions with the experiment's suffix; a UserError where one does not fit the context."""
     settings = config.experiments[experiment]
-    folder = models.model_folder(config.student.model)
-    tokenizer = models.load_tokenizer(folder)
-    context = models.context_length(folder)
+    folder = model_folder(config.student.model)
+    tokenizer = load_tokenizer(folder)
+    context = context_length(folder)
     examples = read_examples(config.artifacts / "data" / "test.jsonl")
     prompts = [example.question + settings.suffix for example in examples]
     rows = []
@@ -144,29 +140,6 @@ def read_questions(config: Config, experiment: str) -> Questions:
             )
         rows.append(Row(index, token_ids, min(settings.max_new_tokens, context - len(token_ids))))
     return Questions(examples, prompts, rows, tokenizer)
-
-
-def adapter_folder(config: Config, experiment: str) -> Path | None:
-    """The experiment's adapter, refused unless it was trained on this student; None for the bare student.
-
-    It is a LoRA adapter in safetensors: in place of missing weights peft would unpickle another file or ask the Hub,
-    and the settings of other kinds can name such files elsewhere.
-    """
-    name = config.experiments[experiment].adapter
-    if name is None:
-        return None
-    folder, base = config.artifacts / "adapters" / name, models.model_name(config.student.model)
-    if not folder.exists():
-        raise UserError(f"{folder}: no such adapter; run `kd train {name}`")
-    settings = read_json(folder / "adapter_config.json", "an adapter")
-    trained_on, kind = settings.get("base_model_name_or_path"), settings.get("peft_type")
-    if trained_on != base:
-        raise UserError(f"{folder}: an adapter for {trained_on}, not for the student {base}; train it again")
-    if kind != "LORA":
-        raise UserError(f"{folder}: an adapter of the kind {kind}, not LORA; run `kd train {name}` again")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{folder}: no {ADAPTER_WEIGHTS}; run `kd train {name}` again")
-    return folder
 
 
 def _answer_into(
@@ -189,21 +162,25 @@ def _refuse_failed(rows: Sequence[Row], questions: Questions, consequence: str) 
         raise WorkFailedError(f"{', '.join(failed)}; {consequence}")
 
 
-def _key(config: Config, experiment: str, questions: Questions, exact: bool) -> str:
-    """A short fingerprint of everything that shapes a log."""
+def _key(config: Config, experiment: str, exact: bool) -> str:
+    """The key of all that shapes a log."""
     adapter = adapter_folder(config, experiment)
-    files = [adapter / "adapter_config.json", adapter / ADAPTER_WEIGHTS] if adapter else []
-    about = [
-        config.student.model_dump(),
-        [sha256(file) for file in files],
-        config.assess.model_dump(),
-        config.experiments[experiment].model_dump(),
-        [(row.prompt, row.limit) for row in questions.rows],
-        exact,
-        models.default_device(),
-        [version(library) for library in ("torch", "transformers", "peft")],
-    ]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    return fingerprint.key(
+        __name__,
+        {
+            "student": config.student.model_dump(),
+            "assess": config.assess.model_dump(),
+            "experiment": config.experiments[experiment].model_dump(),
+            "exact": exact,
+        },
+        files=[
+            config.artifacts / "data" / "test.jsonl",
+            *([adapter / "adapter_config.json", adapter / ADAPTER_WEIGHTS] if adapter else []),
+        ],
+        models={"student": model_folder(config.student.model)},
+        libraries=("torch", "transformers", "peft"),
+        device=fingerprint.device_name(),
+    )
 
 
 def _share_alike(some: Sequence[object], others: Sequence[object]) -> float:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kd.distill.step import Descent
 from kd.errors import UserError
-from kd.files import read_json, whole_folder, write_json
+from kd.io.files import read_json, whole_folder, write_json
 
 
 @dataclass(frozen=True)

@@ -19,26 +19,19 @@ import torch
 
 from kd.config import Config, Distill
 from kd.distill import checkpoint
-from kd.distill.alignment import Match
+from kd.distill.adapter import fresh_student, save_adapter
 from kd.distill.checkpoint import Record
 from kd.distill.lean import runs_lean
+from kd.distill.lesson import Lesson, prepare_lesson
 from kd.distill.memory import lowerable, shortage_told
 from kd.distill.objective import cross_entropy, divergence
 from kd.distill.step import Batch, Descent, EagerStep, GraphStep, make_batch, on_device
-from kd.distill.train import (
-    Lesson,
-    fresh_student,
-    learning_rate,
-    prepare_lesson,
-    read_behind,
-    run_key,
-    save_adapter,
-    step_count,
-)
+from kd.distill.train import learning_rate, read_behind, run_key, step_count
 from kd.errors import UserError
-from kd.files import resumable_folder, whole_folder, write_json
-from kd.progress import progress
-from kd.teacher.store import Head
+from kd.io.files import resumable_folder, whole_folder, write_json
+from kd.io.progress import progress
+from kd.protocol.alignment import Match
+from kd.store.head import Head
 
 CHUNK_ROWS = 1024
 ENDED = "cohort.json"  # in a cohort's folder once it is over: whom it trained, and who of them diverged
@@ -162,7 +155,7 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
     """
     members = [Member(*run, lesson) for run, lesson in zip(runs, _lessons(runs), strict=True)]
     matches = [member.lesson.matches.kept for member in members]
-    keys = [run_key(member.config, member.experiment) for member in members]
+    keys = [run_key(member.config, member.experiment, __name__) for member in members]
     lower = [f"the number of its students ({len(runs)})", *lowerable(members[0].config)]
     with (
         resumable_folder(state, hashlib.sha256("".join(keys).encode()).hexdigest()[:16]) as work,

@@ -16,7 +16,7 @@ import torch
 from kd.config import Distill
 
 if TYPE_CHECKING:
-    from kd.teacher.store import Head
+    from kd.store.head import Head
 
 CHUNK_ROWS = 256
 

@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from kd import models
 from kd.config import Config, Search
-from kd.dataset import read_examples
+from kd.data.rows import read_examples
 from kd.distill import cohort
-from kd.distill.alignment import Match, match_examples
+from kd.distill.adapter import fresh_student
 from kd.distill.cohort import Member
+from kd.distill.lesson import Lesson, prepare_lesson
 from kd.distill.memory import lowerable, shortage_told
 from kd.distill.step import make_step
-from kd.distill.train import Lesson, descend, evaluate, fresh_student, prepare_lesson, run_key, step_count
+from kd.distill.train import descend, evaluate, run_key, step_count
 from kd.errors import UserError
-from kd.files import whole_folder, write_json
-from kd.progress import progress
+from kd.io.files import whole_folder, write_json
+from kd.io.progress import progress
+from kd.models.load import load_tokenizer, model_folder
+from kd.protocol.alignment import Match, match_examples
 
 if TYPE_CHECKING:
     import optuna
@@ -59,7 +61,7 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
                 heartbeat_interval=HEARTBEAT_S,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
             ),
-            study_name="-".join([experiment, judged, _ranges(config.search), run_key(config, experiment)]),
+            study_name="-".join([experiment, judged, _ranges(config.search), run_key(config, experiment, __name__)]),
             load_if_exists=True,
         )
 
@@ -140,7 +142,7 @@ def _split(config: Config, experiment: str, on_test: bool) -> tuple[Lesson, list
             "kd: judging on the test split, as the original did; results on it are then no longer fair", file=sys.stderr
         )
         tests = read_examples(config.artifacts / "data" / "test.jsonl")
-        tokenizer = models.load_tokenizer(models.model_folder(config.student.model))
+        tokenizer = load_tokenizer(model_folder(config.student.model))
         how = config.distill
         judges = match_examples(how.protocol, tests, tokenizer, how.max_tokens, None, how.quirks)
         return lesson, kept, judges.kept

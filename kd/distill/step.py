@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from kd.config import Distill
-from kd.distill.alignment import Match
 from kd.distill.lean import LeanLlama, runs_lean
 from kd.distill.objective import Teacher, distillation_loss
 from kd.errors import UserError
+from kd.protocol.alignment import Match
 
 if TYPE_CHECKING:
-    from kd.teacher.store import Head
+    from kd.store.head import Head
 
 # Shapes are padded to multiples of this, so that few graphs serve all lengths; a step's time hardly depends on it,
 # since up to about 200 tokens it goes into reading the weights.

@@ -2,58 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kd import models
+from kd import fingerprint
 from kd.config import Config, Distill
-from kd.dataset import read_examples
 from kd.distill import checkpoint
-from kd.distill.alignment import Match, Matches, match_examples
+from kd.distill.adapter import VERSIONS, counts, fresh_student, save_adapter
 from kd.distill.checkpoint import Record
+from kd.distill.lesson import Lesson, prepare_lesson
 from kd.distill.memory import lowerable, shortage_told
 from kd.distill.objective import Loss, Teacher, distillation_loss
 from kd.distill.step import EagerStep, GraphStep, States, make_batch, make_step, on_device
 from kd.errors import UserError
-from kd.files import resumable_folder, sha256, write_json, write_text
-from kd.progress import progress
-from kd.prompts import PROMPTS
-from kd.teacher.capture import open_checked
-from kd.teacher.store import MANIFEST, Head, TeacherStore
+from kd.io.files import resumable_folder, write_json
+from kd.io.progress import progress
+from kd.models.load import model_folder
+from kd.protocol.alignment import Match
+from kd.store.head import Head
+from kd.store.records import MANIFEST
 
 LOSS_FOLDER = "loss"
 CHECK = "check.json"
-VERSIONS = ("torch", "transformers", "peft")
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What one student learns from: matched examples, the teacher's store (None for labels alone), and the test rows
-    matched as the original's check loss matches them."""
-
-    matches: Matches
-    store: TeacherStore | None
-    check: list[Match]
-
-    @property
-    def head(self) -> Head | None:
-        return self.store.head if self.store else None
-
-    @property
-    def states(self) -> States | None:
-        return self.store.rows if self.store else None
 
 
 def train(config: Config, experiment: str) -> None:
@@ -62,7 +40,7 @@ def train(config: Config, experiment: str) -> None:
     A killed run goes on from its last checkpoint and ends in the same bytes.
     """
     lesson = prepare_lesson(config, experiment)
-    print(f"{experiment}: {_counts(lesson.matches)}", file=sys.stderr)
+    print(f"{experiment}: {counts(lesson.matches)}", file=sys.stderr)
     with (
         resumable_folder(config.artifacts / "adapters" / experiment, run_key(config, experiment)) as work,
         shortage_told(f"train, {experiment}", lowerable(config), lambda: checkpoint.going_on(work / "checkpoints")),
@@ -88,67 +66,18 @@ def train(config: Config, experiment: str) -> None:
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def prepare_lesson(config: Config, experiment: str) -> Lesson:
-    """Read the data and the teacher's store, verified, and match them by the protocol."""
-    adapter, settings = config.adapters[experiment], config.distill
-    examples = read_examples(config.artifacts / "data" / "train.jsonl")
-    tests = read_examples(config.artifacts / "data" / "test.jsonl")
-    tokenizer = models.load_tokenizer(models.model_folder(config.student.model))
-    store = open_checked(config, adapter.prompt, tokenizer, examples) if adapter.prompt else None
-    stored = [example.reading for example in store.manifest.examples] if store else None
-    matches = match_examples(settings.protocol, examples, tokenizer, settings.max_tokens, stored, settings.quirks)
-    check = match_examples("published", tests, tokenizer, settings.max_tokens, None)
-    return Lesson(matches, store, check.kept)
-
-
-def fresh_student(config: Config, experiment: str, lesson: Lesson) -> Any:
-    """The student with a new adapter, seeded, on the device it is trained on."""
-    device = models.default_device()
-    torch.manual_seed(config.seed)  # for LoRA's initialisation and dropout
-    base = models.load_model(models.model_folder(config.student.model), config.student.dtype, device)
-    if lesson.store:
-        _check_vocabulary(base, lesson.store)
-    return add_lora(base, config, config.adapters[experiment].dropout).train()
-
-
-def add_lora(base: Any, config: Config, dropout: float) -> Any:
-    """The student with a fresh adapter on its attention projections; only the adapter is trained."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = config.distill.lora
-    modules = {name.rpartition(".")[2] for name, _ in base.named_modules() if name}
-    unknown = [name for name in lora.target_modules if name.rpartition(".")[2] not in modules]
-    if unknown:  # PEFT leaves it out without a word
-        raise UserError(
-            f"distill.lora.target_modules: the student has no module {unknown[0]!r}, only {', '.join(sorted(modules))}"
-        )
-    base.name_or_path = models.model_name(config.student.model)
-    return get_peft_model(
-        base,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=dropout,
-            target_modules=lora.target_modules,
-            revision=getattr(config.student.model, "revision", None),
-        ),
-    )
-
-
-def run_key(config: Config, experiment: str) -> str:
-    """A fingerprint of everything that shapes an adapter: parameters, data, teacher rows, code, versions, device."""
+def run_key(config: Config, experiment: str, module: str = __name__) -> str:
+    """The key of all that shapes an adapter, or what else `module` makes of the same."""
     adapter, data = config.adapters[experiment], config.artifacts / "data"
-    code = [*sorted(Path(__file__).parent.glob("*.py")), Path(models.__file__)]
     store = [config.artifacts / "teacher" / adapter.prompt / MANIFEST] if adapter.prompt else []
-    document = {
-        "params": config.model_dump(include={"seed", "student", "distill"}),
-        "adapter": adapter.model_dump(),
-        "files": [sha256(path) for path in (data / "train.jsonl", data / "test.jsonl", *store, *code)],
-        "versions": [version(name) for name in VERSIONS],
-        "device": models.default_device(),
-    }
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint.key(
+        module,
+        config.model_dump(include={"seed", "student", "distill"}) | {"adapter": adapter.model_dump()},
+        files=[data / "train.jsonl", data / "test.jsonl", *store],
+        models={"student": model_folder(config.student.model)},
+        libraries=VERSIONS,
+        device=fingerprint.device_name(),
+    )
 
 
 def step_count(matches: list[Match], settings: Distill) -> int:
@@ -224,15 +153,6 @@ def evaluate(model: Any, matches: list[Match], states: States | None, head: Head
     return Loss(*(total / len(matches)))
 
 
-def save_adapter(student: Any, config: Config, experiment: str, matches: Matches, folder: Path) -> None:
-    """PEFT's own format, the same bytes each time, with a card that says what the adapter is."""
-    for adapter in student.peft_config.values():
-        adapter.target_modules = sorted(adapter.target_modules)  # PEFT keeps a set, whose order changes by process
-    # "auto" would ask the Hub whether the base model's vocabulary was resized; it never is here.
-    student.save_pretrained(folder, save_embedding_layers=False)
-    write_text(folder / "README.md", _card(config, experiment, matches))
-
-
 def _descend(
     step: EagerStep | GraphStep, lesson: Lesson, settings: Distill, curve: list[Record], checkpoints: Path
 ) -> Iterator[Record]:
@@ -277,51 +197,3 @@ def _loss_curve(folder: Path, curve: list[Record]) -> Iterator[Any]:
         for record in curve:
             log(record)
         yield log
-
-
-def _counts(matches: Matches) -> str:
-    """How many examples are trained on, and which are not as they were."""
-    said = f"{len(matches.kept)} examples"
-    if matches.cut:
-        said += f"; {len(matches.cut)} longer than `max_tokens` and cut to it ({_some(matches.cut)})"
-    if matches.skipped:
-        said += f"; {len(matches.skipped)} left out, no answer position within it ({_some(matches.skipped)})"
-    return said
-
-
-def _some(ids: list[str]) -> str:
-    return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
-
-
-def _check_vocabulary(student: Any, store: TeacherStore) -> None:
-    teacher_size, student_size = store.head.vocabulary_size, student.config.vocab_size
-    if teacher_size != student_size:
-        raise UserError(
-            f"{store.folder}: the teacher has {teacher_size} logits, the student {student_size}; "
-            "choose a teacher and a student with one vocabulary"
-        )
-
-
-def _card(config: Config, experiment: str, matches: Matches) -> str:
-    adapter, settings, data = config.adapters[experiment], config.distill, config.dataset
-    base = models.model_name(config.student.model)
-    source = f"teacher store `{adapter.needs}`" if adapter.prompt else "labels alone (no teacher)"
-    prompt = f"- prompt of its teacher: {PROMPTS[adapter.prompt].strip() or 'none'}\n" if adapter.prompt else ""
-    quirks = f" (but for {', '.join(settings.quirks)})" if settings.quirks else ""
-    llama = "\nBuilt with Llama.\n" if "llama-3" in base.lower() else ""
-    versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
-    return f"""---
-base_model: {base}
-library_name: peft
----
-# {experiment}
-
-A LoRA adapter of {base}, trained by `kd train {experiment}` (profile {config.profile}).
-{llama}
-- learns from: {source}
-{prompt}- data: {data.train_rows} rows, {data.source}, {data.answers} answers; {_counts(matches)}
-- protocol: {settings.protocol}{quirks}, {settings.divergence}, T {settings.temperature}, alpha {settings.alpha}, \
-{settings.epochs} epochs, {settings.batch_rows} examples an update
-- seed: {config.seed}
-- versions: {versions}
-"""

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.config import Config
+from kd.report.charts import COLOURS, LINES, MARKERS
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
-
-# Okabe and Ito's palette (2008) without its yellow, which is lost on white.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
-LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 LAYER_CHARTS = {
     "entropy": ("Entropy of attention", "entropy (nats)"),
@@ -39,12 +35,6 @@ def folder(config: Config) -> Path:
 def heads_folder(config: Config) -> Path:
     """Where the images of single heads lie, which no stage makes."""
     return config.artifacts / "attention-heads"
-
-
-def read_charts(config: Config) -> dict[str, str]:
-    """The charts that `kd attention` drew: title -> SVG document, for a page; nothing where it has not run."""
-    paths = {title: folder(config) / f"{name}.svg" for name, title in TITLES.items()}
-    return {title: path.read_text(encoding="utf-8") for title, path in paths.items() if path.exists()}
 
 
 def layer_chart(metric: str, students: Mapping[str, NDArray[np.float64]], work: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kd.assess.rules.rule import UNDECIDED, Extraction
+from kd.scoring.rules.rule import UNDECIDED, Extraction
 
 LEVEL = 4  # a few per cent larger than 6, in half the time
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from kd.report.plots import Chart
+from kd.report.charts import Chart
 
 _NUMERIC = re.compile(r"[-+]?[0-9][0-9.,]*+%?(?:[ /]|\Z)")
 

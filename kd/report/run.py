@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.assess.extract import RULE_SETS, extract
-from kd.assess.rules.rule import Extraction
-from kd.assess.score import Answered, is_correct, log_file, read_answered, score
 from kd.config import Config
-from kd.dataset import final_answer
-from kd.files import sha256, whole_folder, write_json, write_text
-from kd.report import plots, tables, teachers
+from kd.data.rows import final_answer
+from kd.io.files import sha256, whole_folder, write_json, write_text
+from kd.report import charts, tables
 from kd.report.explorer import Question, Responses, pack
 from kd.report.page import Section, folded, page, paragraph, table
+from kd.scoring.extract import RULE_SETS, extract
+from kd.scoring.log import Answered, is_correct, log_file, read_answered, score
+from kd.scoring.rules.rule import Extraction
 
 COUNTED = "as counted: documented rules, then by hand"
 COUNTED_RULES = "documented"
@@ -32,12 +32,12 @@ def report(config: Config) -> dict[str, Any]:
     answered = {name: read_answered(config, name) for name in config.experiments}
     results = tables.collect(config, {name: score(rows) for name, rows in answered.items()})
     responses = {name: _responses(rows) for name, rows in answered.items()}
-    charts = [plots.drawn(chart) for chart in _charts(config, results, responses)]
+    shown = [charts.drawn(chart) for chart in _charts(config, results, responses)]
     with whole_folder(config.artifacts / "report") as work:
         write_json(work / "results.json", results)
         write_text(work / "results.md", tables.markdown(results))
-        for chart, drawn in charts:
-            plots.write_chart(chart, drawn, work)
+        for chart, drawn in shown:
+            charts.write_chart(chart, drawn, work)
         questions = [_question(row) for row in next(iter(answered.values()))]
         write_text(
             work / "index.html",
@@ -45,7 +45,7 @@ def report(config: Config) -> dict[str, Any]:
                 f"Response-priming distillation: {config.profile}",
                 tables.setting(results),
                 _results(results),
-                charts,
+                shown,
                 pack(questions, responses),
                 _provenance(config, results),
             ),
@@ -80,18 +80,18 @@ def _counted(row: Answered, found: Extraction) -> Extraction:
     return Extraction(row.taken, row.rule, found.span if (found.answer, found.rule) == (row.taken, row.rule) else None)
 
 
-def _charts(config: Config, results: dict[str, Any], responses: Mapping[str, Responses]) -> Iterator[plots.Chart]:
+def _charts(config: Config, results: dict[str, Any], responses: Mapping[str, Responses]) -> Iterator[charts.Chart]:
     counted = {name: [found.answer for found in one.taken[COUNTED]] for name, one in responses.items()}
     right = {name: one.right[COUNTED] for name, one in responses.items()}
-    yield plots.accuracy_chart(results["experiments"])
+    yield charts.accuracy_chart(results["experiments"])
     curves = _loss_curves(config)
     if curves:
-        yield plots.loss_chart(curves)
-    yield plots.agreement_chart(counted, right)
-    yield plots.rule_set_chart(
+        yield charts.loss_chart(curves)
+    yield charts.agreement_chart(counted, right)
+    yield charts.rule_set_chart(
         {name: {r: sum(one.right[r]) / len(one.texts) for r in READERS} for name, one in responses.items()}
     )
-    yield plots.length_chart(
+    yield charts.length_chart(
         {name: one.tokens for name, one in responses.items()}, {name: one.cut for name, one in responses.items()}
     )
 
@@ -122,7 +122,9 @@ def _results(results: dict[str, Any]) -> list[Section]:
         )
     if results["prompts"]:
         caption = "The teacher's largest next-token probability, on average over every fifth question's positions"
-        sections.append(Section("The teacher behind each prompt", table(teachers.rows(results["prompts"]), caption)))
+        sections.append(
+            Section("The teacher behind each prompt", table(tables.prompt_rows(results["prompts"]), caption))
+        )
     return sections
 
 

@@ -7,13 +7,11 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from kd.assess.score import Score
 from kd.config import Config
-from kd.files import read_json
-from kd.published import CHECK_LOSSES, RESULTS
-from kd.report.statistics import compare_pairs, wilson_interval
-from kd.report.teachers import read_prompts
-from kd.report.teachers import rows as prompt_rows
+from kd.io.files import read_json
+from kd.paper import CHECK_LOSSES, RESULTS
+from kd.scoring.log import Score
+from kd.scoring.significance import compare_pairs, wilson_interval
 
 CHECK = "check.json"  # what training leaves beside an adapter
 HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "By hand", "Undecided", "Published")
@@ -184,3 +182,19 @@ def _undecided(results: dict[str, Any]) -> str:
         "Test rows that no extraction rule settles; they count as wrong (-1) until `kd review` decides them:\n\n"
         + "".join(lines)
     )
+
+
+def read_prompts(config: Config) -> dict[str, Any]:
+    """What `measure_prompts` wrote; nothing where it has not run."""
+    path = config.artifacts / "statistics.json"
+    return dict(read_json(path, "the prompts' statistics")) if path.exists() else {}
+
+
+def prompt_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A table of them, its header first."""
+    table: list[tuple[str, ...]] = [("Prompt", "Mean largest probability", "Positions", "Published")]
+    for prompt, one in found.items():
+        published = one["published"]
+        value, positions = f"{one['mean_max_probability']:.4f}", f"{one['positions']} of {one['questions']} questions"
+        table.append((prompt, value, positions, f"{published}" if published is not None else "not in the paper"))
+    return table

@@ -9,16 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd import models
+from kd import fingerprint
 from kd.config import Config
-from kd.dataset import read_examples
+from kd.data.rows import read_examples
 from kd.errors import UserError
-from kd.files import whole_file, whole_folder
-from kd.progress import progress
+from kd.io.files import whole_file, whole_folder
+from kd.io.progress import progress
+from kd.models.load import default_device, load_tokenizer, model_folder
+from kd.protocol.reading import readings
+from kd.store.reader import TeacherStore
+from kd.store.records import Reading
+from kd.store.tensors import write_tensors
+from kd.store.writer import StoreWriter
 from kd.teacher import backends
-from kd.teacher.capture import prompt_record, readings, tokenization
-from kd.teacher.store import Reading, StoreWriter, TeacherStore
-from kd.teacher.tensors import write_tensors
+from kd.teacher.capture import prompt_record, tokenization
 
 
 def export_logits(folder: Path, file: Path) -> None:
@@ -26,7 +30,7 @@ def export_logits(folder: Path, file: Path) -> None:
     import torch
 
     opened = TeacherStore(folder)
-    opened.head = opened.head.to(models.default_device())
+    opened.head = opened.head.to(default_device())
     examples = {f"Question {i}": example for i, example in enumerate(opened.manifest.examples, start=1)}
     names = sorted(examples)
     width = opened.head.vocabulary_size
@@ -39,15 +43,17 @@ def export_logits(folder: Path, file: Path) -> None:
 def import_logits(config: Config, file: Path, folder: Path, prompt: str) -> None:
     """Make a store of kind `logits` of the notebooks' `file`, taken to be what the params' teacher said behind `prompt`
     to the prepared training questions; a UserError names the question that does not fit."""
-    tokenizer = models.load_tokenizer(models.model_folder(config.teacher.model))
-    wanted = readings(config, prompt, tokenizer, read_examples(config.artifacts / "data" / "train.jsonl"))
+    tokenizer = load_tokenizer(model_folder(config.teacher.model))
+    wanted = readings(config.distill, prompt, tokenizer, read_examples(config.artifacts / "data" / "train.jsonl"))
     tensors = _open(file)
     if len(tensors.keys()) != len(wanted):
         raise UserError(f"{file}: holds {len(tensors.keys())} tensors where the data has {len(wanted)} questions")
     # The libraries that computed the file are not known.
     model = backends.identity(config.teacher).model_copy(update={"versions": {}})
+    imported = fingerprint.key(__name__, {"prompt": prompt_record(prompt).model_dump()}, files=[file])
     with whole_folder(folder) as work:
-        writer = StoreWriter(work, model, prompt_record(prompt), tokenization(tokenizer, config.distill), kind="logits")
+        about = (model, prompt_record(prompt), tokenization(tokenizer, config.distill))
+        writer = StoreWriter(work, *about, key=imported, kind="logits")
         for number, reading in enumerate(progress(wanted, f"import {file.name}", "question"), start=1):
             logits = _logits(file, tensors, f"Question {number}", reading)
             writer.add(reading.example_id, reading.token_ids, logits, reading.span)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd.teacher.store import TeacherStore
+from kd.store.reader import TeacherStore
 
 
 def inspect(folder: Path) -> dict[str, Any]:

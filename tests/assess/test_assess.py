@@ -13,11 +13,11 @@ from asking import answers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd import models
-from kd.assess.extract import extract
-from kd.assess.score import COLUMNS, is_correct
 from kd.cli import main
-from kd.dataset import read_examples
+from kd.data.rows import read_examples
+from kd.models.load import encode, load_model, load_tokenizer
+from kd.scoring.extract import extract
+from kd.scoring.log import COLUMNS, is_correct
 
 LOGS = Path("artifacts/mini/logs")
 
@@ -44,12 +44,10 @@ def greedy(model: Any, token_ids: list[int], limit: int, end: int) -> list[int]:
 
 
 def test_batches_answer_as_one_row_at_a_time_does(tiny_llama: Path) -> None:
-    model = models.load_model(tiny_llama, "float32", "cpu")
-    tokenizer = models.load_tokenizer(tiny_llama)
+    model = load_model(tiny_llama, "float32", "cpu")
+    tokenizer = load_tokenizer(tiny_llama)
     prompts = ["Tom has 3 apples.", "Why?", "A box holds 6 pens. Maria buys 3 boxes. How many?", "", "Ada </s> walks."]
-    expected = [
-        greedy(model, models.encode(tokenizer, prompt, bos=True), 12, tokenizer.eos_token_id) for prompt in prompts
-    ]
+    expected = [greedy(model, encode(tokenizer, prompt, bos=True), 12, tokenizer.eos_token_id) for prompt in prompts]
     for slots in (None, 1, 2, 5):
         responses = answers(model, tokenizer, prompts, 12, slots)
         for response, ids in zip(responses, expected, strict=True):
@@ -59,10 +57,10 @@ def test_batches_answer_as_one_row_at_a_time_does(tiny_llama: Path) -> None:
 
 
 def test_end_token_ends_a_row_and_is_counted(tiny_llama: Path) -> None:
-    model = models.load_model(tiny_llama, "float32", "cpu")
-    tokenizer = models.load_tokenizer(tiny_llama)
+    model = load_model(tiny_llama, "float32", "cpu")
+    tokenizer = load_tokenizer(tiny_llama)
     second = answers(model, tokenizer, ["Tom"], 2)[0]
-    [_, end] = greedy(model, models.encode(tokenizer, "Tom", bos=True), 2, -1)
+    [_, end] = greedy(model, encode(tokenizer, "Tom", bos=True), 2, -1)
     assert second.reached_limit
     model.generation_config.eos_token_id = end
     stopped = answers(model, tokenizer, ["Tom", "Why is it so?"], 9)[0]
@@ -110,7 +108,7 @@ def test_adapter_changes_the_answers_and_must_fit_the_student(
     assert "adapters/fine-tuning: no such adapter; run `kd train fine-tuning`" in capsys.readouterr().err
     assert main(["train", "fine-tuning"]) == 0
     assert main(["assess", "fine-tuning"]) == 0
-    model, tokenizer = models.load_model(tiny_llama, "float32", "cpu"), models.load_tokenizer(tiny_llama)
+    model, tokenizer = load_model(tiny_llama, "float32", "cpu"), load_tokenizer(tiny_llama)
     rows = read_log("fine-tuning")
     bare = answers(model, tokenizer, [row["question"] for row in rows], 6)
     assert [row["model_answer"] for row in rows] != [

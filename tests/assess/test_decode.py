@@ -10,10 +10,10 @@ import pytest
 import torch
 from asking import answers, rows_of
 
-from kd import models
 from kd.assess.decode import NOT_A_NUMBER, Row, SlotDecoder, decode
 from kd.assess.generate import Ending, end_ids, respond_one_at_a_time
 from kd.errors import UserError
+from kd.models.load import encode, load_model, load_tokenizer
 
 PROMPTS = [
     "Tom has 3 apples.",
@@ -28,12 +28,12 @@ PROMPTS = [
 
 @pytest.fixture
 def llama(tiny_llama: Path) -> Any:
-    return models.load_model(tiny_llama, "float32", "cpu")
+    return load_model(tiny_llama, "float32", "cpu")
 
 
 @pytest.fixture
 def tokenizer(tiny_llama: Path) -> Any:
-    return models.load_tokenizer(tiny_llama)
+    return load_tokenizer(tiny_llama)
 
 
 def decoded(model: Any, tokenizer: Any, prompts: list[str], limit: int, batch_tokens: int) -> list[Row]:
@@ -86,7 +86,7 @@ def test_a_row_too_large_for_the_whole_memory_fails_alone(
 def test_nan_in_one_row_fails_it_and_does_not_reach_the_next_in_its_slot(llama: Any, tokenizer: Any) -> None:
     expected = decoded(llama, tokenizer, PROMPTS, 12, 10_000)
     poisoned = [*PROMPTS[:3], "Poison ~ here, in a text that is the longest of them all by far.", *PROMPTS[3:]]
-    [tilde] = models.encode(tokenizer, "~", bos=False)
+    [tilde] = encode(tokenizer, "~", bos=False)
     assert all(tilde not in row.prompt + row.new for row in expected)
     with torch.no_grad():
         llama.model.embed_tokens.weight[tilde] = torch.nan

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from typing import Any
 
 import pytest
 from asking import answers, rows_of
-from safetensors.torch import load_file, save_file
 
-from kd import models
+from kd.assess.decode import NAN_TOKEN, Row
 from kd.assess.journal import Journal
 from kd.cli import main
+from kd.models.load import encode, load_model, load_tokenizer
 
 LOG = Path("artifacts/mini/logs/no-distillation.csv")
 TEST = Path("artifacts/mini/data/test.jsonl")
@@ -139,22 +138,16 @@ def test_several_processes_write_the_log_of_one(
 
 
 def test_a_row_that_fails_is_named_kept_from_the_log_and_alone_tried_again(
-    prepare: Callable[..., None], tiny_params: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepare: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = shutil.copytree(tiny_params["student"]["model"]["path"], tmp_path / "llama")
-    tiny_params["student"]["model"]["path"] = str(folder)
     prepare()
-    edit_question(2, "How much is ~ and 2?")
     expected = uninterrupted()
-    whole = load_file(folder / "model.safetensors")
-    [tilde] = models.encode(models.load_tokenizer(folder), "~", bos=False)
-    broken = whole["model.embed_tokens.weight"].clone()
-    broken[tilde] = float("nan")
-    save_file(whole | {"model.embed_tokens.weight": broken}, folder / "model.safetensors", metadata={"format": "pt"})
-    assert main(["assess", "no-distillation"]) == 1
+    add = Row.add
+    with monkeypatch.context() as patch:
+        patch.setattr(Row, "add", lambda row, token: add(row, NAN_TOKEN if row.index == 2 else token))
+        assert main(["assess", "no-distillation"]) == 1
     assert "test-00003 failed (its logits are not numbers (NaN)); finished rows are kept" in (capsys.readouterr().err)
     assert not LOG.exists()
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     assert main(["assess", "no-distillation"]) == 0
     assert asked(capsys) == 1
     assert LOG.read_bytes() == expected
@@ -165,7 +158,7 @@ def test_an_empty_question_and_a_special_tokens_name_are_text(prepare: Callable[
     edit_question(0, "")
     edit_question(1, "Ada </s> walks <s> home.")
     assert main(["assess", "no-distillation"]) == 0
-    model, tokenizer = models.load_model(tiny_llama, "float32", "cpu"), models.load_tokenizer(tiny_llama)
+    model, tokenizer = load_model(tiny_llama, "float32", "cpu"), load_tokenizer(tiny_llama)
     assert tokenizer.pad_token is None
     [empty, named] = rows_of(tokenizer, ["", "Ada </s> walks <s> home."], 6)
     assert empty.prompt == [tokenizer.bos_token_id]
@@ -191,9 +184,9 @@ def test_a_question_that_nearly_fills_the_context_gets_what_is_left(
     prepare: Callable[..., None], tiny_llama: Path
 ) -> None:
     prepare(rows=2, suffix="", batch_tokens=4096, max_new_tokens=20)
-    tokenizer = models.load_tokenizer(tiny_llama)
+    tokenizer = load_tokenizer(tiny_llama)
     question = "?" * 2044
-    assert len(models.encode(tokenizer, question, bos=True)) == 2045
+    assert len(encode(tokenizer, question, bos=True)) == 2045
     edit_question(0, question)
     assert main(["assess", "no-distillation"]) == 0
     batched = LOG.read_text()
@@ -203,7 +196,7 @@ def test_a_question_that_nearly_fills_the_context_gets_what_is_left(
 
 
 def test_stop_strings_end_a_response_before_them(tiny_llama: Path) -> None:
-    model, tokenizer = models.load_model(tiny_llama, "float32", "cpu"), models.load_tokenizer(tiny_llama)
+    model, tokenizer = load_model(tiny_llama, "float32", "cpu"), load_tokenizer(tiny_llama)
     prompts = ["Tom has 3 apples.", "Why?"]
     [free, other] = answers(model, tokenizer, prompts, 30)
     stop = free.text[8:11]

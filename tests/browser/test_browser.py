@@ -14,9 +14,9 @@ import pytest
 from ruamel.yaml import YAML
 from written import response, word
 
-from kd.assess.score import log_text
 from kd.cli import main
-from kd.dataset import Example
+from kd.data.rows import Example
+from kd.scoring.log import log_text
 
 pytest.importorskip("playwright", reason="needs playwright, which the image leaves out")
 from playwright.sync_api import Browser, Page, expect, sync_playwright

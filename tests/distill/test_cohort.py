@@ -16,7 +16,7 @@ from kd.config import Config, load_config
 from kd.distill import checkpoint, cohort
 from kd.distill.cohort import train_cohort
 from kd.errors import UserError
-from kd.files import read_json
+from kd.io.files import read_json
 
 Write = Callable[[dict[str, Any]], None]
 STATE = Path("artifacts/cohort")

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from kd.config import Distill, load_config
 from kd.distill import objective
 from kd.distill.objective import Loss, Teacher, distillation_loss, forward_kl, jensen_shannon, reverse_kl
-from kd.teacher.store import TeacherHead
+from kd.store.head import TeacherHead
 
 PAPER = load_config(Path(__file__).parent.parent.parent / "profiles" / "paper.yaml").distill
 ROWS, HIDDEN, VOCABULARY, TEACHER_HIDDEN = 11, 8, 37, 6

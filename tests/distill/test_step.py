@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from kd.config import Distill, load_config
 from kd.distill import checkpoint
-from kd.distill.alignment import Match
 from kd.distill.lean import Adapters, Joined
 from kd.distill.step import Batch, Descent, EagerStep, deterministic, make_batch, make_step
 from kd.errors import UserError
-from kd.teacher.store import TeacherHead
+from kd.protocol.alignment import Match
+from kd.store.head import TeacherHead
 
 PROFILES = Path(__file__).parent.parent.parent / "profiles"
 VOCABULARY = 400

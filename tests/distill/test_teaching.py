@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd import miniature, models
 from kd.config import load_config
-from kd.dataset import Example
-from kd.distill.alignment import match_examples
+from kd.data import miniature
+from kd.data.rows import Example
+from kd.distill.adapter import add_lora
 from kd.distill.step import States, make_step
-from kd.distill.train import add_lora, descend, evaluate
+from kd.distill.train import descend, evaluate
+from kd.models.load import load_model, load_tokenizer, model_folder
+from kd.protocol.alignment import match_examples
+from kd.protocol.reading import teacher_reading
 from kd.teacher.backends.transformers import TransformersTeacher
-from kd.teacher.capture import teacher_reading
 
 CONFIG = load_config(Path(__file__).parent.parent.parent / "profiles" / "mini.yaml")
 TRAINED, HELD_OUT, EPOCHS = 10, 5, 3
@@ -37,7 +39,7 @@ SETTINGS = CONFIG.distill.model_copy(
 def test_held_out_losses_fall_over_epochs_and_do_not_with_shuffled_rows() -> None:
     problems = miniature.problems(TRAINED + HELD_OUT, CONFIG.seed)
     examples = [Example(f"train-{i:05d}", p.question, "", p.socratic_answer) for i, p in enumerate(problems, start=1)]
-    tokenizer = models.load_tokenizer(models.model_folder(CONFIG.teacher.model))
+    tokenizer = load_tokenizer(model_folder(CONFIG.teacher.model))
     teacher = TransformersTeacher(CONFIG.teacher)
     states, stored = {}, []
     for example in examples:
@@ -49,7 +51,7 @@ def test_held_out_losses_fall_over_epochs_and_do_not_with_shuffled_rows() -> Non
     def losses(rows: States) -> list[tuple[float, float]]:
         """Cross entropy and divergence from the teacher on the held-out examples, before and after each epoch."""
         torch.manual_seed(CONFIG.seed)
-        base = models.load_model(models.model_folder(CONFIG.student.model), "float32", "cpu")
+        base = load_model(model_folder(CONFIG.student.model), "float32", "cpu")
         kept = [layer for i, layer in enumerate(base.model.layers) if i not in REMOVED]
         base.model.layers = torch.nn.ModuleList(kept)
         student = add_lora(base, CONFIG, 0.1).train()

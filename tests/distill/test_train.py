@@ -18,10 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.cli import main
-from kd.config import load_config
-from kd.dataset import read_examples
-from kd.distill.train import run_key
-from kd.prompts import primed
+from kd.data.rows import read_examples
+from kd.protocol.reading import primed
 
 ADAPTER = Path("artifacts/mini/adapters/teacher-kd")
 
@@ -246,23 +244,6 @@ def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
     assert main(["train", "teacher-kd"]) == 0
     assert {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()} == before
     assert not list(Path("artifacts/.partial").iterdir())
-
-
-def test_a_run_goes_on_only_from_checkpoints_of_the_same_run(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
-) -> None:
-    def key() -> str:
-        write_params(ready)
-        return run_key(load_config(Path("params.yaml")), "teacher-kd")
-
-    keys = [key(), key()]
-    ready["distill"]["alpha"] = 0.5
-    keys.append(key())
-    data = Path("artifacts/mini/data/train.jsonl")
-    data.write_text(data.read_text().replace("How many", "How few", 1))
-    keys.append(key())
-    assert keys[0] == keys[1]
-    assert len(set(keys)) == 3
 
 
 def test_vocabulary_of_teacher_and_student_must_be_one(

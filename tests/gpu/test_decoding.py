@@ -10,10 +10,11 @@ import pytest
 import torch
 from asking import answers, rows_of
 
-from kd import models
 from kd.assess.decode import SlotDecoder, decode
-from kd.assess.generate import Ending, load_student, respond
-from kd.miniature import problems
+from kd.assess.generate import Ending, respond
+from kd.data.miniature import problems
+from kd.models.adapters import load_student
+from kd.models.load import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
@@ -31,14 +32,14 @@ def prompts() -> list[str]:
 
 
 def test_batches_say_what_generate_says(gpu_llama: Path, student: Any, prompts: list[str]) -> None:
-    tokenizer = models.load_tokenizer(gpu_llama)
+    tokenizer = load_tokenizer(gpu_llama)
     alone = answers(student, tokenizer, prompts, LIMIT, slots=None)
     for slots in (1, 7, 16, 64):  # rows wait for slots, or slots for rows
         assert answers(student, tokenizer, prompts, LIMIT, slots) == alone
 
 
 def test_a_string_that_stops_ends_rows_alike(gpu_llama: Path, student: Any, prompts: list[str]) -> None:
-    tokenizer = models.load_tokenizer(gpu_llama)
+    tokenizer = load_tokenizer(gpu_llama)
     stop = ("e",)
     alone = answers(student, tokenizer, prompts, LIMIT, None, stop)
     assert answers(student, tokenizer, prompts, LIMIT, 16, stop) == alone
@@ -52,7 +53,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_says_the_same(
     memory_limit: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tokenizer = models.load_tokenizer(gpu_llama)
+    tokenizer = load_tokenizer(gpu_llama)
     expected = answers(student, tokenizer, prompts, LIMIT, slots=16)
     tried = []
     real = SlotDecoder.__init__
@@ -75,14 +76,14 @@ def test_a_batch_that_does_not_fit_is_halved_and_says_the_same(
 def test_a_row_that_does_not_fit_alone_is_named(
     gpu_llama: Path, student: Any, memory_limit: Callable[[int], None]
 ) -> None:
-    rows = rows_of(models.load_tokenizer(gpu_llama), ["How many?"], LIMIT)
+    rows = rows_of(load_tokenizer(gpu_llama), ["How many?"], LIMIT)
     memory_limit(2**20)
     ((row,),) = [some for some in decode(student, rows, 1, 16_384, lambda _: False) if some]
     assert row.failure == "out of GPU memory, alone on it"
 
 
 def test_no_number_in_one_row_leaves_the_others_alone(gpu_llama: Path, student: Any, prompts: list[str]) -> None:
-    tokenizer = models.load_tokenizer(gpu_llama)
+    tokenizer = load_tokenizer(gpu_llama)
     expected = answers(student, tokenizer, prompts, LIMIT, slots=16)
     rows = rows_of(tokenizer, ["How many?", *prompts], LIMIT)
     token = min(set(range(student.config.vocab_size)).difference(*(row.prompt for row in rows)))

@@ -12,12 +12,12 @@ import pytest
 import torch
 from commands import begin
 
-from kd import models
 from kd.cli import main
 from kd.config import load_config
-from kd.dataset import read_examples
+from kd.data.rows import read_examples
+from kd.models.load import load_tokenizer
+from kd.store.reader import TeacherStore
 from kd.teacher import backends, capture
-from kd.teacher.store import TeacherStore
 
 pytestmark = [
     pytest.mark.usefixtures("gpu"),
@@ -42,7 +42,7 @@ def test_rebuilt_logits_are_exllamav2s_own() -> None:
     assert main(["teacher", "teacher"]) == 0
     config = load_config(Path("params.yaml"))
     examples = read_examples(Path("artifacts/mini/data/train.jsonl"))
-    tokenizer = models.load_tokenizer(Path(config.teacher.model.path))  # type: ignore[union-attr]
+    tokenizer = load_tokenizer(Path(config.teacher.model.path))  # type: ignore[union-attr]
     loaded: Any = backends.load(config.teacher, longest=256)
     norm, head = loaded.final_modules()
     opened = TeacherStore(STORE)

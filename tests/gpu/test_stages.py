@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("gpu")
 Write = Callable[[dict[str, Any]], None]
 MINI = Path("artifacts/mini")
 CARDS = """
-from kd.distributed import take_gpus, this_process
+from kd.io.distributed import take_gpus, this_process
 take_gpus(this_process())
 import torch
 torch.ones(1, device="cuda")

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from kd.cli import main
 from kd.config import Config, Distill, load_config
 from kd.distill import checkpoint
-from kd.distill.alignment import Match
 from kd.distill.cohort import train_cohort
 from kd.distill.step import GraphStep, make_batch, make_step
 from kd.distill.train import descend
-from kd.teacher.store import TeacherHead
+from kd.protocol.alignment import Match
+from kd.store.head import TeacherHead
 
 pytestmark = pytest.mark.usefixtures("gpu")
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.assess.rules.rule import NOTHING, Extraction
-from kd.report import plots
+from kd.report import charts
 from kd.report.explorer import Question, Responses, pack
 from kd.report.page import Section, page, table
+from kd.scoring.rules.rule import NOTHING, Extraction
 
 EXPERIMENTS = {
     name: {"accuracy": share, "interval": (share - 0.01, share + 0.01), "published_accuracy": published}
@@ -30,13 +30,13 @@ def unpack(packed: str) -> Any:
     return json.loads(zlib.decompress(base64.b64decode(packed)))
 
 
-def drawn() -> list[plots.Chart]:
+def drawn() -> list[charts.Chart]:
     return [
-        plots.accuracy_chart(EXPERIMENTS),
-        plots.loss_chart({"a": [(step, 9 - step / 100) for step in range(100)], "b": [(0, 9.0)]}),
-        plots.agreement_chart({"a": ["1", None], "b": ["1", None]}, {"a": [True, False], "b": [True, False]}),
-        plots.rule_set_chart({"a": {"documented": 0.2, "robust": 0.3}, "b": {"documented": 0.4, "robust": 0.4}}),
-        plots.length_chart({"a": [1, 2, 300], "b": [50]}, {"a": [False, False, True], "b": [True]}),
+        charts.accuracy_chart(EXPERIMENTS),
+        charts.loss_chart({"a": [(step, 9 - step / 100) for step in range(100)], "b": [(0, 9.0)]}),
+        charts.agreement_chart({"a": ["1", None], "b": ["1", None]}, {"a": [True, False], "b": [True, False]}),
+        charts.rule_set_chart({"a": {"documented": 0.2, "robust": 0.3}, "b": {"documented": 0.4, "robust": 0.4}}),
+        charts.length_chart({"a": [1, 2, 300], "b": [50]}, {"a": [False, False, True], "b": [True]}),
     ]
 
 
@@ -90,8 +90,8 @@ class Outline(HTMLParser):
 
 
 def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else() -> None:
-    charts = [(chart, plots.svg(chart)) for chart in drawn()]
-    text = page("T", "s", [Section("R", table([("a", "b"), ("<img src=x>", "1")], "c & d"))], charts, "eJw=", [])
+    shown = [(chart, charts.svg(chart)) for chart in drawn()]
+    text = page("T", "s", [Section("R", table([("a", "b"), ("<img src=x>", "1")], "c & d"))], shown, "eJw=", [])
     found = Outline(text)
     assert found.loads == []
     hashes = {k: base64.b64encode(hashlib.sha256(v.encode()).digest()).decode() for k, v in found.texts.items()}
@@ -114,7 +114,7 @@ def test_a_title_is_not_a_template() -> None:
 
 
 def test_charts_are_the_same_bytes_each_time_and_share_no_ids() -> None:
-    first, second = ([plots.svg(chart) for chart in drawn()] for _ in range(2))
+    first, second = ([charts.svg(chart) for chart in drawn()] for _ in range(2))
     assert first == second
     ids = [element.get("id") for text in first for element in ElementTree.fromstring(text).iter() if element.get("id")]
     assert len(ids) == len(set(ids))
@@ -123,11 +123,11 @@ def test_charts_are_the_same_bytes_each_time_and_share_no_ids() -> None:
         assert not any("style" in element.attrib or element.tag == "style" for element in root.iter())
         links = [e.attrib["href"].removeprefix("#") for e in root.iter() if "href" in e.attrib]
         assert {*links, *re.findall(r"url\(#([^)]+)\)", text)} <= set(ids)
-        assert plots.INK not in text
+        assert charts.INK not in text
         assert "currentColor" in text
 
 
 def test_every_line_of_a_chart_is_told_apart_without_colour() -> None:
-    assert len(plots.COLOURS) == len(plots.MARKERS) == len(plots.LINES) == len(set(map(str, plots.LINES)))
+    assert len(charts.COLOURS) == len(charts.MARKERS) == len(charts.LINES) == len(set(map(str, charts.LINES)))
     (axes,) = drawn()[1].figure.axes
     assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 2

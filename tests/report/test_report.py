@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from kd.assess.review import response_sha256
-from kd.assess.score import COLUMNS
 from kd.cli import main
-from kd.files import sha256
+from kd.io.files import sha256
+from kd.scoring.log import COLUMNS
+from kd.scoring.review import response_sha256
 
 REPORT = Path("artifacts/mini/report")
 

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_llama
 
-from kd import models
 from kd.cli import main
-from kd.dataset import read_examples
-from kd.prompts import primed
-from kd.teacher import store
-from kd.teacher.store import TeacherStore
+from kd.data.rows import read_examples
+from kd.models.load import load_model, load_tokenizer
+from kd.protocol.reading import primed
+from kd.store import records
+from kd.store.reader import TeacherStore
 
 STORE = Path("artifacts/mini/teacher/teacher")
 MANIFEST = STORE / "manifest.json"
@@ -39,8 +39,8 @@ def captured(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]
 @pytest.mark.usefixtures("captured")
 def test_rebuilt_logits_are_the_teachers_own(tiny_llama: Path) -> None:
     opened = TeacherStore(STORE)
-    model = models.load_model(tiny_llama, "float32", "cpu")
-    tokenizer = models.load_tokenizer(tiny_llama)
+    model = load_model(tiny_llama, "float32", "cpu")
+    tokenizer = load_tokenizer(tiny_llama)
     for example in read_examples(Path("artifacts/mini/data/train.jsonl")):
         token_ids = tokenizer(primed("teacher", example.question), add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
@@ -73,7 +73,7 @@ def edit_manifest(change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads(MANIFEST.read_text())
     change(manifest)
     del manifest["seal"]
-    MANIFEST.write_text(store._sealed(manifest))
+    MANIFEST.write_text(records._sealed(manifest))
 
 
 def reorder_rows() -> None:
@@ -137,7 +137,10 @@ def another_head() -> None:
         (exchange_stores, "captured with prompt 'base', not 'teacher'"),
         (another_question, "row 5 (train-00005): other tokens than the data's question: token"),
         (another_head, "head.safetensors: missing or not what its manifest says; run `kd head` again"),
-        (lambda: edit_manifest(lambda m: m.update(version=9)), "not a store this version reads (version:"),
+        (
+            lambda: edit_manifest(lambda m: m.update(version=9)),
+            "format version 9, which this version of kd does not",
+        ),
         (
             lambda: MANIFEST.write_text(MANIFEST.read_text().replace("torch", "porch")),
             "manifest.json: changed since it",
@@ -151,7 +154,7 @@ def test_store_that_is_not_what_it_should_be_is_refused_before_training(
     damage: Callable[[], None], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damage()
-    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("the student was loaded"))
+    monkeypatch.setattr("kd.distill.adapter.load_model", lambda *_: pytest.fail("the student was loaded"))
     assert main(["train", "teacher-kd"]) == 2
     assert message in capsys.readouterr().err
     assert not Path("artifacts/mini/adapters").exists()
@@ -194,7 +197,7 @@ def test_a_quirk_that_is_the_teachers_keeps_other_rows_and_is_refused_without(
     for command in (["prepare"], ["head"], ["teacher", "teacher"], ["train", "teacher-kd"]):
         assert main(command) == 0
     opened = TeacherStore(STORE)
-    model, tokenizer = models.load_model(tiny_llama, "float32", "cpu"), models.load_tokenizer(tiny_llama)
+    model, tokenizer = load_model(tiny_llama, "float32", "cpu"), load_tokenizer(tiny_llama)
     for example in read_examples(Path("artifacts/mini/data/train.jsonl")):
         primed_ids, question, answer = (
             tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kd.cli import main
-from kd.teacher.store import TeacherStore
+from kd.store.reader import TeacherStore
 
 STORE = Path("artifacts/mini/teacher/base")
 FILE = Path("base.safetensors")

@@ -18,11 +18,13 @@ import torch
 import torch._dynamo  # which the first forward imports: before the forks, not in each of them
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401  (likewise)
 
-from kd import distributed
 from kd.cli import main
-from kd.distributed import Process, take_gpus, this_process, wait_for_others
 from kd.errors import UserError, WorkFailedError
-from kd.teacher import store
+from kd.io import distributed
+from kd.io.distributed import Process, take_gpus, this_process, wait_for_others
+from kd.store import shards, writer
+from kd.store.reader import TeacherStore
+from kd.store.writer import StoreWriter
 from kd.teacher.backends.transformers import TransformersTeacher
 
 STORE = Path("artifacts/mini/teacher/base")
@@ -37,7 +39,7 @@ def ready(
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Any]:
     """A working folder ready to capture seven shards; its params."""
-    monkeypatch.setattr(store, "SHARD_EXAMPLES", 2)
+    monkeypatch.setattr(writer, "SHARD_EXAMPLES", 2)
     tiny_params["dataset"]["train_rows"] = 13
     write_params(tiny_params)
     assert main(["prepare"]) == 0
@@ -74,7 +76,7 @@ def fork_capture(**environment: str) -> int:
         return child
     os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    store.SHARD_EXAMPLES = 2
+    writer.SHARD_EXAMPLES = 2
     torch.set_num_threads(1)  # more only get in each other's way with so small a model
     os._exit(main(["teacher", "base"]))
 
@@ -143,7 +145,7 @@ def interrupt(*_: object) -> None:
 @pytest.mark.parametrize(
     ("owner", "method", "failure", "status", "message"),
     [
-        (store, "write_tensors", no_space, 1, "No space left on device; 3 of 7 shards are kept in"),
+        (shards, "write_tensors", no_space, 1, "No space left on device; 3 of 7 shards are kept in"),
         (TransformersTeacher, "states", gpu_fault, 1, "CUDA error: unspecified launch failure For debugging consider"),
         (
             TransformersTeacher,
@@ -169,7 +171,7 @@ def test_a_failure_says_what_is_kept_and_the_same_command_goes_on(
     def fails_in_the_fourth_shard(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls > (3 if owner is store else 6):
+        if calls > (3 if owner is shards else 6):
             failure()
         return original(*arguments)
 
@@ -195,7 +197,7 @@ def test_what_was_begun_with_other_params_is_not_gone_on_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(store.StoreWriter, "finish", interrupt)
+        patch.setattr(StoreWriter, "finish", interrupt)
         write_params(ready | {"teacher": ready["teacher"] | {"batch_rows": 2}})
         assert main(["teacher", "base"]) == 130
     assert len(list(PARTIAL.iterdir())) == 1
@@ -205,7 +207,7 @@ def test_what_was_begun_with_other_params_is_not_gone_on_with(
     assert not list(PARTIAL.iterdir())
     write_params(ready | {"teacher": ready["teacher"] | {"batch_rows": 2}})
     assert main(["teacher", "base"]) == 0
-    assert store.TeacherStore(STORE).manifest.batch_rows == 2
+    assert TeacherStore(STORE).manifest.batch_rows == 2
 
 
 def test_a_whole_store_is_left_alone_and_a_damaged_one_captured_again(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Protocol
 
-from kd import config, models
-from kd.teacher.store import ModelIdentity, TeacherHead
+from kd import config
+from kd.fingerprint import model_sha256, versions
+from kd.models.load import is_here, model_folder, model_name
+from kd.store.head import TeacherHead
+from kd.store.records import ModelIdentity
 
 if TYPE_CHECKING:
     import torch
@@ -39,19 +41,17 @@ def load(teacher: config.Teacher, longest: int) -> LoadedTeacher:
 def identity(teacher: config.Teacher) -> ModelIdentity:
     """Who this teacher is, without loading it; of its libraries those that are installed."""
     return ModelIdentity(
-        name=models.model_name(teacher.model),
+        name=model_name(teacher.model),
         revision=getattr(teacher.model, "revision", None),
+        weights=weights(teacher.model),
         dtype=teacher.dtype,
         backend=teacher.backend,
-        versions=_versions(LIBRARIES[teacher.backend]),
+        versions=versions(LIBRARIES[teacher.backend]),
     )
 
 
-def _versions(libraries: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for library in libraries:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
+def weights(model: config.Model) -> str | None:
+    """The checksum of a model that no revision pins, if it is on this machine."""
+    if isinstance(model, config.HubModel) or not is_here(model):
+        return None
+    return model_sha256(model_folder(model))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from kd import config, models
+from kd import config
 from kd.errors import UserError
-from kd.progress import progress
-from kd.teacher.store import TeacherHead
+from kd.io.progress import progress
+from kd.models.load import model_folder, pad_right
+from kd.store.head import TeacherHead
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ class ExLlamaV2Teacher:
 
     def __init__(self, teacher: config.Teacher, longest: int) -> None:
         library = _library(teacher)
-        folder = models.model_folder(teacher.model)
+        folder = model_folder(teacher.model)
         settings = library.ExLlamaV2Config(str(folder))
         if settings.architecture != "LlamaForCausalLM":
             raise UserError(f"{folder}: a {settings.architecture}; this backend reads Llama models")
@@ -49,7 +50,7 @@ class ExLlamaV2Teacher:
         The same batch gives the same bits; for that a quantized model reads padding behind a question of few tokens.
         """
         shortest = UNORDERED_TOKENS + 1 if self._quantized else 1
-        _, states = self.model.forward(models.pad_right(batch, shortest), last_id_only=True, return_last_state=True)
+        _, states = self.model.forward(pad_right(batch, shortest), last_id_only=True, return_last_state=True)
         return [row[: len(token_ids)] for row, token_ids in zip(states, batch, strict=True)]
 
     def head(self) -> TeacherHead:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd import config, models
+from kd import config
 from kd.errors import UserError
-from kd.teacher.store import TeacherHead
+from kd.models.load import default_device, load_model, model_folder, pad_right
+from kd.store.head import TeacherHead
 
 if TYPE_CHECKING:
     import torch
@@ -17,9 +18,9 @@ class TransformersTeacher:
     """One teacher, loaded."""
 
     def __init__(self, teacher: config.Teacher) -> None:
-        folder = models.model_folder(teacher.model)
-        self._device = models.default_device()
-        self._model = models.load_model(folder, teacher.dtype, self._device)
+        folder = model_folder(teacher.model)
+        self._device = default_device()
+        self._model = load_model(folder, teacher.dtype, self._device)
         self._norm, self._head = final_modules(self._model, folder)
 
     def states(self, batch: list[list[int]]) -> list[torch.Tensor]:
@@ -34,7 +35,7 @@ class TransformersTeacher:
         hook = self._norm.register_forward_pre_hook(keep)
         try:
             with torch.inference_mode():
-                self._model.model(models.pad_right(batch).to(self._device), use_cache=False)
+                self._model.model(pad_right(batch).to(self._device), use_cache=False)
         finally:
             hook.remove()
         return [states[: len(token_ids)] for states, token_ids in zip(seen[0], batch, strict=True)]

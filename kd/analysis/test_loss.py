@@ -1,0 +1,82 @@
+"""How well a student predicts the test answers, and how far it is from its teacher there: finer than an accuracy, which
+moves only when a whole answer turns right."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from kd.config import Config
+from kd.data.rows import read_examples
+from kd.distill.step import States
+from kd.distill.train import evaluate
+from kd.errors import UserError
+from kd.io.files import write_whole_file
+from kd.io.progress import progress
+from kd.models.adapters import adapter_folder, load_student
+from kd.models.load import context_length, default_device, load_tokenizer, model_folder, vocabulary_sha256
+from kd.protocol.alignment import match_examples
+from kd.protocol.reading import teacher_reading
+from kd.store.records import Reading
+from kd.teacher import backends
+
+
+def measure(config: Config, experiment: str) -> dict[str, Any]:
+    """Measure one student as it is assessed and write artifacts/<profile>/measures/<experiment>.json; returns it.
+
+    `answer_loss` is the cross entropy of the test rows' answers behind BOS + question + line end; `divergence`, by the
+    teacher's prompt, is `distill.divergence` from the teacher on the same tokens. Both are at T = 1, in nats a token,
+    and the mean of the rows' means; rows are matched as `aligned` does it, whatever the student was trained by. The
+    prompt is that of the student's own teacher; a student without one is measured against every prompt's.
+    """
+    folder = model_folder(config.student.model)
+    tests = read_examples(config.artifacts / "data" / "test.jsonl")
+    tokenizer = load_tokenizer(folder)
+    _refuse_another_tokenizer(config, tokenizer)
+    adapter, device = adapter_folder(config, experiment), default_device()
+    readings = {
+        prompt: [teacher_reading(tokenizer, "aligned", prompt, example) for example in tests]
+        for prompt in _prompts(config, experiment)
+    }
+    longest = max(len(reading.token_ids) for some in readings.values() for reading in some)
+    student = load_student(folder, config.student.dtype, adapter, device)
+    teacher = backends.load(config.teacher, longest)
+    head = teacher.head().to(device)
+    if head.vocabulary_size != student.config.vocab_size:
+        raise UserError(
+            f"the teacher has {head.vocabulary_size} logits, the student {student.config.vocab_size}; "
+            "choose a teacher and a student with one vocabulary"
+        )
+    settings = config.distill.model_copy(update={"temperature": 1.0})
+    divergence = {}
+    for prompt, wanted in readings.items():
+        matches = match_examples("aligned", tests, tokenizer, context_length(folder), wanted)
+        states = _states(teacher, wanted, config.teacher.batch_rows, f"teacher, {prompt}")
+        loss = evaluate(student, matches.kept, states, head, settings)
+        divergence[prompt] = float(loss.divergence)
+    measured = {"answer_loss": float(loss.cross_entropy), "divergence": divergence, "rows": len(matches.kept)}
+    write_whole_file(config.artifacts / "measures" / f"{experiment}.json", json.dumps(measured, indent=1) + "\n")
+    return measured
+
+
+def _prompts(config: Config, experiment: str) -> list[str]:
+    adapter = config.experiments[experiment].adapter
+    prompt = config.adapters[adapter].prompt if adapter else None
+    return [prompt] if prompt else config.prompts
+
+
+def _refuse_another_tokenizer(config: Config, tokenizer: Any) -> None:
+    """As training does: a token id has to be the same token on both sides."""
+    folder = model_folder(config.teacher.model)
+    if vocabulary_sha256(load_tokenizer(folder)) != vocabulary_sha256(tokenizer):
+        raise UserError(f"{folder}: the teacher's tokenizer is not the student's; teacher and student must share one")
+
+
+def _states(teacher: backends.LoadedTeacher, readings: list[Reading], batch_rows: int, what: str) -> States:
+    """The teacher's states for each example's answer, in the CPU's memory."""
+    states = {}
+    for start in progress(range(0, len(readings), batch_rows), what, "batch"):
+        batch = readings[start : start + batch_rows]
+        for reading, rows in zip(batch, teacher.states([one.token_ids for one in batch]), strict=True):
+            states[reading.example_id] = rows[slice(*reading.span)].cpu()
+    return states.__getitem__

@@ -1,0 +1,46 @@
+"""The experiment's rows, as `kd prepare` wrote them: what every later stage reads of the data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd.errors import UserError
+from kd.io.files import json_lines
+
+_FINAL_ANSWER = re.compile(r"#### *(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One GSM8K row.
+
+    `id` is its split and 1-based position ("train-00017"), `answer` the main answer that ends in "#### n", and
+    `target` the answer students are trained on: the socratic one or, with `answers: main`, the same as `answer`.
+    """
+
+    id: str
+    question: str
+    answer: str
+    target: str
+
+
+def final_answer(answer: str) -> str | None:
+    """The number behind "####", without thousands separators ("70000"); None where there is none."""
+    match = _FINAL_ANSWER.search(answer)
+    return match[1].replace(",", "") if match else None
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The rows of a prepared `train.jsonl` or `test.jsonl`, in order."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run `kd prepare`")
+    return [_example(path, line, row) for line, row in json_lines(path)]
+
+
+def _example(path: Path, line: int, row: object) -> Example:
+    try:
+        return Example(**row)  # type: ignore[arg-type]
+    except TypeError:
+        raise UserError(f"{path} line {line}: not a prepared row; run `kd prepare` again") from None

@@ -1,0 +1,112 @@
+"""A student's adapter: made, and written with a card that says what it is."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd.config import Config
+from kd.distill.lesson import Lesson
+from kd.errors import UserError
+from kd.io.files import write_text
+from kd.models.load import default_device, load_model, model_folder, model_name
+from kd.paper import PROMPTS
+from kd.protocol.alignment import Matches
+from kd.store.reader import TeacherStore
+
+VERSIONS = ("torch", "transformers", "peft")
+
+
+def fresh_student(config: Config, experiment: str, lesson: Lesson) -> Any:
+    """The student with a new adapter, seeded, on the device it is trained on."""
+    device = default_device()
+    torch.manual_seed(config.seed)  # for LoRA's initialisation and dropout
+    base = load_model(model_folder(config.student.model), config.student.dtype, device)
+    if lesson.store:
+        _check_vocabulary(base, lesson.store)
+    return add_lora(base, config, config.adapters[experiment].dropout).train()
+
+
+def add_lora(base: Any, config: Config, dropout: float) -> Any:
+    """The student with a fresh adapter on its attention projections; only the adapter is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = config.distill.lora
+    modules = {name.rpartition(".")[2] for name, _ in base.named_modules() if name}
+    unknown = [name for name in lora.target_modules if name.rpartition(".")[2] not in modules]
+    if unknown:  # PEFT leaves it out without a word
+        raise UserError(
+            f"distill.lora.target_modules: the student has no module {unknown[0]!r}, only {', '.join(sorted(modules))}"
+        )
+    base.name_or_path = model_name(config.student.model)
+    return get_peft_model(
+        base,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=dropout,
+            target_modules=lora.target_modules,
+            revision=getattr(config.student.model, "revision", None),
+        ),
+    )
+
+
+def save_adapter(student: Any, config: Config, experiment: str, matches: Matches, folder: Path) -> None:
+    """PEFT's own format, the same bytes each time, with a card that says what the adapter is."""
+    for adapter in student.peft_config.values():
+        adapter.target_modules = sorted(adapter.target_modules)  # PEFT keeps a set, whose order changes by process
+    # "auto" would ask the Hub whether the base model's vocabulary was resized; it never is here.
+    student.save_pretrained(folder, save_embedding_layers=False)
+    write_text(folder / "README.md", _card(config, experiment, matches))
+
+
+def counts(matches: Matches) -> str:
+    """How many examples are trained on, and which are not as they were."""
+    said = f"{len(matches.kept)} examples"
+    if matches.cut:
+        said += f"; {len(matches.cut)} longer than `max_tokens` and cut to it ({_some(matches.cut)})"
+    if matches.skipped:
+        said += f"; {len(matches.skipped)} left out, no answer position within it ({_some(matches.skipped)})"
+    return said
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
+
+
+def _check_vocabulary(student: Any, store: TeacherStore) -> None:
+    teacher_size, student_size = store.head.vocabulary_size, student.config.vocab_size
+    if teacher_size != student_size:
+        raise UserError(
+            f"{store.folder}: the teacher has {teacher_size} logits, the student {student_size}; "
+            "choose a teacher and a student with one vocabulary"
+        )
+
+
+def _card(config: Config, experiment: str, matches: Matches) -> str:
+    adapter, settings, data = config.adapters[experiment], config.distill, config.dataset
+    base = model_name(config.student.model)
+    source = f"teacher store `{adapter.needs}`" if adapter.prompt else "labels alone (no teacher)"
+    prompt = f"- prompt of its teacher: {PROMPTS[adapter.prompt].strip() or 'none'}\n" if adapter.prompt else ""
+    quirks = f" (but for {', '.join(settings.quirks)})" if settings.quirks else ""
+    llama = "\nBuilt with Llama.\n" if "llama-3" in base.lower() else ""
+    versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
+    return f"""---
+base_model: {base}
+library_name: peft
+---
+# {experiment}
+
+A LoRA adapter of {base}, trained by `kd train {experiment}` (profile {config.profile}).
+{llama}
+- learns from: {source}
+{prompt}- data: {data.train_rows} rows, {data.source}, {data.answers} answers; {counts(matches)}
+- protocol: {settings.protocol}{quirks}, {settings.divergence}, T {settings.temperature}, alpha {settings.alpha}, \
+{settings.epochs} epochs, {settings.batch_rows} examples an update
+- seed: {config.seed}
+- versions: {versions}
+"""

@@ -1,0 +1,45 @@
+"""What a student learns from: the data and the teacher's store, verified, and matched by the protocol."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kd.config import Config
+from kd.data.rows import read_examples
+from kd.distill.step import States
+from kd.models.load import load_tokenizer, model_folder
+from kd.protocol.alignment import Match, Matches, match_examples
+from kd.store.head import Head
+from kd.store.reader import TeacherStore
+from kd.teacher.capture import open_checked
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one student learns from: matched examples, the teacher's store (None for labels alone), and the test rows
+    matched as the original's check loss matches them."""
+
+    matches: Matches
+    store: TeacherStore | None
+    check: list[Match]
+
+    @property
+    def head(self) -> Head | None:
+        return self.store.head if self.store else None
+
+    @property
+    def states(self) -> States | None:
+        return self.store.rows if self.store else None
+
+
+def prepare_lesson(config: Config, experiment: str) -> Lesson:
+    """Read the data and the teacher's store, verified, and match them by the protocol."""
+    adapter, settings = config.adapters[experiment], config.distill
+    examples = read_examples(config.artifacts / "data" / "train.jsonl")
+    tests = read_examples(config.artifacts / "data" / "test.jsonl")
+    tokenizer = load_tokenizer(model_folder(config.student.model))
+    store = open_checked(config, adapter.prompt, tokenizer, examples) if adapter.prompt else None
+    stored = [example.reading for example in store.manifest.examples] if store else None
+    matches = match_examples(settings.protocol, examples, tokenizer, settings.max_tokens, stored, settings.quirks)
+    check = match_examples("published", tests, tokenizer, settings.max_tokens, None)
+    return Lesson(matches, store, check.kept)

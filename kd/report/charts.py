@@ -1,0 +1,346 @@
+"""Charts by matplotlib: one style, made without a display, and the same bytes each time.
+
+Readable in grey and for colour-blind readers: Okabe and Ito's colours, each with a marker, line style or hatch of its
+own. The SVG has a transparent background and takes its ink from the page around it (`currentColor`), so it suits a
+light page and a dark one; it holds no `style`, which a strict content security policy would refuse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from kd.io.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 5.4  # inches: about as wide as a phone, so that the text is still to be read there
+INK, PALE = "#1b1f24", "#8b929b"  # INK becomes the page's own text colour; PALE is seen on light and dark
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442")  # Okabe and Ito
+MARKERS = "osD^vPX"
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 2)))
+LEVELS = "cividis"  # evenly brighter from low to high in grey, and to colour-blind readers
+POINTS = 24  # of a loss curve; a longer one is drawn as means of its parts
+
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "grid.color": PALE,
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.6,
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+
+_SVG = "{http://www.w3.org/2000/svg}"
+_LINK = "{http://www.w3.org/1999/xlink}href"
+_FONT = re.compile(r"(?:(?P<weight>bold) )?(?P<size>[0-9.]+px) .*")
+_STANDALONE = "svg{color-scheme:light dark;color:CanvasText}"  # opened by itself it follows the reader's scheme
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart: the name of its files, what it shows, how it is read, and the drawing."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]]) -> Chart:
+    """Measured accuracy as bars with 95 % intervals, the published figure as a mark on each.
+
+    Each experiment has `accuracy`, `interval` and `published_accuracy` (None: not in the paper).
+    """
+    measured = [100 * one["accuracy"] for one in experiments.values()]
+    ends = [[100 * end for end in one["interval"]] for one in experiments.values()]
+    # A rate of 0 or 1 can lie a rounding error outside its own interval; a bar's arm cannot be negative.
+    arms = [[max(0.0, value - low), max(0.0, high - value)] for value, (low, high) in zip(measured, ends, strict=True)]
+    marks = [
+        (100 * one["published_accuracy"], i)
+        for i, one in enumerate(experiments.values())
+        if one["published_accuracy"] is not None
+    ]
+    with _axes(0.42 * len(experiments) + 1.1) as (figure, axes):
+        axes.barh(
+            range(len(measured)),
+            measured,
+            0.62,
+            color=COLOURS[4],
+            edgecolor=INK,
+            linewidth=0.8,
+            label="measured, 95 % interval",
+        )
+        axes.errorbar(
+            measured,
+            range(len(measured)),
+            xerr=list(zip(*arms, strict=True)),
+            fmt="none",
+            ecolor=INK,
+            elinewidth=1.4,
+            capsize=4,
+        )
+        if marks:
+            axes.plot(*zip(*marks, strict=True), "D", color=COLOURS[1], markeredgecolor=INK, label="published")
+        for row, value in enumerate(measured):
+            axes.annotate(f"{value:.1f}%", (1, row), xycoords=("axes fraction", "data"), ha="right", va="center")
+        axes.set_xlim(0, 1.3 * max(10, *(high for _, high in ends), *(x for x, _ in marks)))
+        _name_rows(axes, experiments)
+        axes.set_xlabel("accuracy on the test questions (%)")
+        _legend(figure, axes)
+    return Chart(
+        "accuracy",
+        "Accuracy",
+        "Bars, and figures on the right: share of test questions that are right, with "
+        "its 95 % Wilson interval. Diamonds: what the paper printed.",
+        figure,
+    )
+
+
+def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
+    """Training loss of each adapter over its steps."""
+    longest = max(map(len, curves.values()))
+    size = -(-longest // POINTS)
+    with _axes(3.4) as (figure, axes):
+        for i, (name, curve) in enumerate(curves.items()):
+            parts = [curve[start : start + size] for start in range(0, len(curve), size)]
+            steps = [part[-1][0] for part in parts]
+            means = [sum(loss for _, loss in part) / len(part) for part in parts]
+            axes.plot(
+                steps,
+                means,
+                linestyle=LINES[i % len(LINES)],
+                color=_colour(i),
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=5,
+                label=name,
+            )
+        axes.grid(axis="y")
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss")
+        _legend(figure, axes)
+    averaged = f", each point the mean of {size} steps" if size > 1 else ""
+    return Chart("loss", "Training loss", f"The loss of every student at each update{averaged}.", figure)
+
+
+def agreement_chart(answers: Mapping[str, Sequence[str | None]], right: Mapping[str, Sequence[bool]]) -> Chart:
+    """How far the experiments agree on the same questions: same answer above the diagonal, both right below it."""
+    import numpy as np
+
+    names = list(answers)
+    shares = np.array(
+        [
+            [
+                _share_same(answers[a], answers[b]) if j > i else _share_both(right[a], right[b])
+                for j, b in enumerate(names)
+            ]
+            for i, a in enumerate(names)
+        ]
+    )
+    with _axes(0.55 * len(names) + 1.7) as (figure, axes):
+        # A mesh of rectangles: an image would be pixels inside the SVG.
+        axes.pcolormesh(shares, cmap=LEVELS, vmin=0, vmax=1, edgecolors=PALE, linewidth=0.5)
+        for (i, j), share in np.ndenumerate(shares):
+            seen = "#000000" if share > 0.5 else "#ffffff"
+            weight = "bold" if i == j else "normal"
+            axes.text(j + 0.5, i + 0.5, f"{100 * share:.0f}", ha="center", va="center", color=seen, fontweight=weight)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks([i + 0.5 for i in range(len(names))], names, rotation=40, ha="right")
+        axes.set_yticks([i + 0.5 for i in range(len(names))], names)
+        axes.tick_params(length=0)
+        axes.invert_yaxis()
+    return Chart(
+        "agreement",
+        "Agreement between experiments",
+        "Per cent of the test questions. Above the diagonal: "
+        "both give the same answer. Below: both are right. On it, in bold: the experiment's own accuracy.",
+        figure,
+    )
+
+
+def rule_set_chart(accuracies: Mapping[str, Mapping[str, float]]) -> Chart:
+    """Accuracy of each experiment (outer key) by each rule set (inner key), nothing decided by hand."""
+    rule_sets = list(next(iter(accuracies.values())))
+    with _axes(0.42 * len(accuracies) + 1.5) as (figure, axes):
+        for i, rule_set in enumerate(rule_sets):
+            shares = [100 * one[rule_set] for one in accuracies.values()]
+            rows = [row + (i - (len(rule_sets) - 1) / 2) * 0.12 for row in range(len(shares))]  # none hides another
+            axes.plot(
+                shares,
+                rows,
+                MARKERS[i % len(MARKERS)],
+                color=_colour(i),
+                markeredgecolor=INK,
+                markeredgewidth=0.7,
+                markersize=7.5,
+                label=rule_set,
+                clip_on=False,
+                zorder=3,
+            )
+        axes.set_xlim(left=0)
+        axes.grid(axis="both")
+        _name_rows(axes, accuracies)
+        axes.set_xlabel("accuracy by the rules alone (%)")
+        _legend(figure, axes)
+    return Chart(
+        "rule-sets",
+        "Rule sets",
+        "The same responses, read by each rule set; rows that it does not settle count as wrong.",
+        figure,
+    )
+
+
+def length_chart(tokens: Mapping[str, Sequence[int]], cut: Mapping[str, Sequence[bool]]) -> Chart:
+    """How long the responses of each experiment are, and how many of them its limit cut off."""
+    with _axes(0.42 * len(tokens) + 1.1) as (figure, axes):
+        axes.boxplot(
+            list(tokens.values()),
+            orientation="horizontal",
+            whis=(5, 95),
+            showfliers=False,
+            widths=0.55,
+            positions=range(len(tokens)),
+            patch_artist=True,
+            boxprops={"facecolor": COLOURS[4], "edgecolor": INK},
+            medianprops={"color": INK, "linewidth": 2.4},
+            whiskerprops={"color": INK},
+            capprops={"color": INK},
+        )
+        longest = max(1, *(max(lengths) for lengths in tokens.values()))
+        for row, name in enumerate(tokens):
+            axes.annotate(f"{sum(cut[name]) / len(cut[name]):.0%} cut", (1.04 * longest, row), va="center")
+        axes.set_xlim(0, 1.24 * longest)
+        axes.grid(axis="x")
+        _name_rows(axes, tokens)
+        axes.set_xlabel("tokens in a response")
+    return Chart(
+        "length",
+        "Length of the responses",
+        "Boxes: the middle half, with the median; whiskers: 5 to 95 % of "
+        "the responses. On the right: how many were cut off at the token limit.",
+        figure,
+    )
+
+
+def drawn(chart: Chart) -> tuple[Chart, str]:
+    """The chart with its SVG."""
+    return chart, svg(chart)
+
+
+def svg(chart: Chart) -> str:
+    """The chart as an SVG element for a page: no ids shared with other charts, no styles, ink in `currentColor`."""
+    return ElementTree.tostring(_element(chart), encoding="unicode")
+
+
+def write_chart(chart: Chart, drawn: str, folder: Path) -> None:
+    """Write the chart, `drawn` as `svg` gave it, as <name>.svg and <name>.png."""
+    head = '<svg xmlns="http://www.w3.org/2000/svg"'
+    write_text(
+        folder / f"{chart.name}.svg", drawn.replace("<svg", head, 1).replace(">", f"><style>{_STANDALONE}</style>", 1)
+    )
+    chart.figure.savefig(folder / f"{chart.name}.png", dpi=150, facecolor="white", metadata={"Software": None})
+
+
+@contextmanager
+def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of the style with one set of axes to draw on."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure, figure.subplots()
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(figure)  # once, not again for each format
+        figure.set_layout_engine("none")
+
+
+def _name_rows(axes: Axes, names: Mapping[str, object]) -> None:
+    """Horizontal rows, from the top, one a name."""
+    axes.set_yticks(range(len(names)), list(names))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, handlelength=2.6)
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
+
+
+def _share_same(some: Sequence[str | None], others: Sequence[str | None]) -> float:
+    return sum(a is not None and a == b for a, b in zip(some, others, strict=True)) / len(some)
+
+
+def _share_both(some: Sequence[bool], others: Sequence[bool]) -> float:
+    return sum(a and b for a, b in zip(some, others, strict=True)) / len(some)
+
+
+def _element(chart: Chart) -> ElementTree.Element:
+    from matplotlib import rc_context
+
+    text = StringIO()
+    nothing_of_now = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context(STYLE | {"svg.hashsalt": chart.name}):
+        chart.figure.savefig(text, format="svg", transparent=True, metadata=nothing_of_now)
+    root = ElementTree.fromstring(text.getvalue())
+    for parent in root.iter():
+        parent.tag = parent.tag.removeprefix(_SVG)
+        for child in [c for c in parent if c.tag in (f"{_SVG}metadata", f"{_SVG}style")]:
+            parent.remove(child)
+        parent.attrib.update(_without_style(parent.attrib.pop("style", "")))
+        parent.attrib.update({"href": parent.attrib.pop(_LINK)} if _LINK in parent.attrib else {})
+        for name, value in parent.attrib.items():
+            parent.set(name, _own(chart.name, name, value))
+    del root.attrib["width"], root.attrib["height"], root.attrib["version"]
+    # What matplotlib puts into a style sheet for all elements.
+    root.attrib |= {
+        "role": "img",
+        "aria-label": chart.title,
+        "font-family": "system-ui, sans-serif",
+        "stroke-linejoin": "round",
+        "stroke-linecap": "butt",
+    }
+    return root
+
+
+def _own(chart: str, attribute: str, value: str) -> str:
+    """An attribute's value with ids that belong to one chart and INK replaced."""
+    if attribute == "id":
+        return f"{chart}-{value}"
+    if attribute == "href":
+        return value.replace("#", f"#{chart}-")
+    return value.replace("url(#", f"url(#{chart}-").replace(INK, "currentColor")
+
+
+def _without_style(style: str) -> dict[str, str]:
+    """A `style` as the attributes that say the same."""
+    attributes: dict[str, str] = {}
+    for declaration in filter(None, (part.strip() for part in style.split(";"))):
+        name, _, value = (part.strip() for part in declaration.partition(":"))
+        if name == "font-family":
+            continue  # the page's
+        font = _FONT.fullmatch(value) if name == "font" else None
+        if font:
+            attributes |= {"font-size": font["size"]} | ({"font-weight": "bold"} if font["weight"] else {})
+        else:
+            attributes[name] = value
+    return attributes

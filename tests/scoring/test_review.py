@@ -1,0 +1,207 @@
+"""`kd review`: hand decisions are saved one by one, tied to their responses, and counted by the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from kd.cli import main
+from kd.scoring.log import COLUMNS
+from kd.scoring.review import highlighted
+
+LOG = Path("artifacts/mini/logs/teacher-kd.csv")
+DECISIONS = Path("reviews/teacher-kd.csv")
+# Row 2 is settled by a rule; 1, 3 and 4 are open. The true answers are 10, 20, 30, 40.
+RESPONSES = ["ten, I think", "It is 20", "no, thirty", "forty \x1b[2J\ud83d"]
+
+
+@pytest.fixture
+def log(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> None:
+    tiny_params["dataset"]["test_rows"] = 4
+    tiny_params["experiments"] = {"teacher-kd": tiny_params["experiments"]["teacher-kd"]}
+    write_params(tiny_params)
+    write_log(RESPONSES)
+
+
+def write_log(responses: list[str]) -> None:
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    with LOG.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for i, response in enumerate(responses, start=1):
+            settled = i == 2
+            writer.writerow(
+                {
+                    "question": f"How many is {i}0?",
+                    "answer": f"It is.\n#### {i}0",
+                    "model_answer": f"How many is {i}0? {response}",
+                    "model_output_tokens": 9,
+                    "model_max_tokens": False,
+                    "extracted_answer": "20" if settled else "-1",
+                    "rule": "first-line" if settled else "undecided",
+                    "correct": settled,
+                }
+            )
+
+
+def answer_with(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
+    """What a person types, then the end of input."""
+    typed = iter(answers)
+
+    def read(_: str = "") -> str:
+        for answer in typed:
+            return answer
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def decided() -> dict[str, str]:
+    with DECISIONS.open(newline="") as file:
+        return {row["row"]: row["answer"] for row in csv.DictReader(file)}
+
+
+def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["report", "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)["experiments"]["teacher-kd"]
+    return result
+
+
+@pytest.mark.usefixtures("log")
+def test_answers_are_kept_and_counted_and_the_next_call_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reported(capsys) | {"interval": 0, "published_accuracy": 0} == {
+        "correct": 1, "rows": 4, "accuracy": 0.25, "by_hand": 0, "undecided": [1, 3, 4],
+        "interval": 0, "published_accuracy": 0,
+    }  # fmt: skip
+    answer_with(monkeypatch, "ten", "$10.00", "skip", "quit")
+    assert main(["review", "teacher-kd"]) == 0
+    shown = capsys.readouterr()
+    assert "How many is 10?" in shown.out
+    assert "20?" not in shown.out  # a rule settled it
+    assert "####" not in shown.out  # a reviewer does not see the true answer
+    assert "'ten' is not a number" in shown.out
+    assert "1 of 3 rows decided" in shown.err
+    assert decided() == {"1": "10"}
+
+    answer_with(monkeypatch, "none")
+    assert main(["review", "teacher-kd"]) == 0  # goes on at row 3; the input ends at row 4
+    assert "10?" not in capsys.readouterr().out
+    assert decided() == {"1": "10", "3": "-1"}
+    result = reported(capsys)
+    assert (result["correct"], result["by_hand"], result["undecided"]) == (2, 2, [4])
+
+
+@pytest.mark.usefixtures("log")
+def test_a_decision_does_not_count_for_another_response(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_with(monkeypatch, "10", "30")
+    assert main(["review", "teacher-kd"]) == 0
+    write_log(["eleven", *RESPONSES[1:]])
+    result = reported(capsys)
+    assert (result["correct"], result["by_hand"], result["undecided"]) == (2, 1, [1, 4])
+    answer_with(monkeypatch, "11")
+    assert main(["review", "teacher-kd"]) == 0
+    write_log(RESPONSES)
+    assert reported(capsys)["undecided"] == [4]  # the first response's decision was kept beside the new one
+
+
+@pytest.mark.usefixtures("log")
+def test_a_sheet_goes_out_and_comes_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answer_with(monkeypatch, "10")
+    assert main(["review", "teacher-kd"]) == 0
+    assert main(["review", "teacher-kd", "--export", "sheet.csv"]) == 0
+    with Path("sheet.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["row"], row["answer"]) for row in rows] == [("1", "10"), ("3", ""), ("4", "")]
+    assert rows[1]["response"] == "no, thirty"
+    rows[1]["answer"] = " 30 "
+    write_sheet(rows[::-1])
+    assert main(["review", "teacher-kd", "--import", "sheet.csv"]) == 0
+    assert decided() == {"1": "10", "3": "30"}
+    assert reported(capsys)["undecided"] == [4]
+
+
+def write_sheet(rows: list[dict[str, str]]) -> None:
+    with Path("sheet.csv").open("w", newline="", encoding="utf-8-sig") as file:  # as spreadsheets save it
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.usefixtures("log")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": "thirty"}, "sheet.csv row 2: answer is 'thirty', expected a number or none"),
+        ({"answer": "30", "sha256": "0" * 64}, "sheet.csv row 2: not a response that is open"),
+    ],
+)
+def test_an_unusable_sheet_changes_nothing(
+    capsys: pytest.CaptureFixture[str], change: dict[str, str], message: str
+) -> None:
+    assert main(["review", "teacher-kd", "--export", "sheet.csv"]) == 0
+    with Path("sheet.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rows[0]["answer"] = "10"
+    rows[1] |= change
+    write_sheet(rows)
+    assert main(["review", "teacher-kd", "--import", "sheet.csv"]) == 2
+    assert message in capsys.readouterr().err
+    assert not DECISIONS.exists()
+
+
+@pytest.mark.usefixtures("log")
+def test_spoilt_decisions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    DECISIONS.parent.mkdir()
+    DECISIONS.write_text("row,question,sha256,answer\n1,Why?,00,many\n")
+    assert main(["report"]) == 2
+    assert "reviews/teacher-kd.csv row 1: answer is 'many'" in capsys.readouterr().err
+
+
+def test_numbers_are_highlighted_and_a_terminal_is_not_fooled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert highlighted("so 3 + 4,000 = 4,003.\nYes") == "so [3] + [4,000] = [4,003].\nYes"
+    assert highlighted("\x1b[2J \ud800 5") == "\\x1b[[2]J \\ud800 [5]"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("log")
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_a_reviewer_who_is_interrupted_loses_no_answer(signal_number: signal.Signals) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kd.cli", "review", "teacher-kd"],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        # A shell's background jobs ignore SIGINT and hand that down; a reviewer sits in the foreground.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    os.write(ours, b"10\n")
+    deadline = time.monotonic() + 30
+    while not DECISIONS.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal_number)
+    _, error = process.communicate(timeout=30)
+    os.close(ours)
+    os.close(theirs)
+    assert decided() == {"1": "10"}
+    if signal_number == signal.SIGINT:
+        assert process.returncode == 0
+        assert b"1 of 3 rows decided" in error
