@@ -9,24 +9,19 @@ from typing import Any
 import torch
 
 from kd.config import Config
-from kd.distill.lesson import Lesson
-from kd.errors import UserError
 from kd.io.files import write_text
 from kd.models.load import default_device, load_model, model_folder, model_name
 from kd.paper import PROMPTS
 from kd.protocol.alignment import Matches
-from kd.store.reader import TeacherStore
 
 VERSIONS = ("torch", "transformers", "peft")
 
 
-def fresh_student(config: Config, experiment: str, lesson: Lesson) -> Any:
+def fresh_student(config: Config, experiment: str) -> Any:
     """The student with a new adapter, seeded, on the device it is trained on."""
     device = default_device()
     torch.manual_seed(config.seed)  # for LoRA's initialisation and dropout
     base = load_model(model_folder(config.student.model), config.student.dtype, device)
-    if lesson.store:
-        _check_vocabulary(base, lesson.store)
     return add_lora(base, config, config.adapters[experiment].dropout).train()
 
 
@@ -35,12 +30,6 @@ def add_lora(base: Any, config: Config, dropout: float) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = config.distill.lora
-    modules = {name.rpartition(".")[2] for name, _ in base.named_modules() if name}
-    unknown = [name for name in lora.target_modules if name.rpartition(".")[2] not in modules]
-    if unknown:  # PEFT leaves it out without a word
-        raise UserError(
-            f"distill.lora.target_modules: the student has no module {unknown[0]!r}, only {', '.join(sorted(modules))}"
-        )
     base.name_or_path = model_name(config.student.model)
     return get_peft_model(
         base,
@@ -76,15 +65,6 @@ def counts(matches: Matches) -> str:
 
 def _some(ids: list[str]) -> str:
     return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
-
-
-def _check_vocabulary(student: Any, store: TeacherStore) -> None:
-    teacher_size, student_size = store.head.vocabulary_size, student.config.vocab_size
-    if teacher_size != student_size:
-        raise UserError(
-            f"{store.folder}: the teacher has {teacher_size} logits, the student {student_size}; "
-            "choose a teacher and a student with one vocabulary"
-        )
 
 
 def _card(config: Config, experiment: str, matches: Matches) -> str:

@@ -203,7 +203,7 @@ def begin(members: list[Member], matches: list[list[Match]]) -> tuple[Any, Cohor
     starts: dict[int, torch.Tensor] = {}
     for member in members:
         if member.config.seed not in starts:
-            student = fresh_student(member.config, member.experiment, member.lesson)
+            student = fresh_student(member.config, member.experiment)
             trained = [p.detach().flatten() for p in student.parameters() if p.requires_grad]
             starts[member.config.seed] = torch.cat(trained)
     settings = [member.settings for member in members]

@@ -73,7 +73,7 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
 
     def objective(trial: optuna.Trial) -> float:
         settings = suggested(trial).distill
-        student = fresh_student(config, experiment, lesson)
+        student = fresh_student(config, experiment)
         records = descend(make_step(student, lesson.head, settings), training, lesson.states, settings)
         deque(progress(records, f"trial {trial.number}", "step"), maxlen=0)
         loss = float(evaluate(student.get_base_model(), judges, None, None, settings).cross_entropy)

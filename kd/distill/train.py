@@ -45,7 +45,7 @@ def train(config: Config, experiment: str) -> None:
         resumable_folder(config.artifacts / "adapters" / experiment, run_key(config, experiment)) as work,
         shortage_told(f"train, {experiment}", lowerable(config), lambda: checkpoint.going_on(work / "checkpoints")),
     ):
-        student = fresh_student(config, experiment, lesson)
+        student = fresh_student(config, experiment)
         checkpoints = work / "checkpoints"
         step = make_step(student, lesson.head, config.distill)
         curve = checkpoint.load(checkpoints, step.descent)

@@ -87,6 +87,15 @@ def context_length(folder: Path) -> int:
     return length
 
 
+def skeleton(folder: Path) -> Any:
+    """The folder's model without its weights: its modules' names and shapes, at no cost."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
 def load_model(folder: Path, dtype: config.Dtype, device: str, attention: str | None = None) -> Any:
     """The folder's causal language model in `dtype` on `device`, in evaluation mode.
 

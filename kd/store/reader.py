@@ -40,6 +40,13 @@ class TeacherStore:
             return NoHead(self.manifest.width)
         return read_head(self._head_folder)[1]
 
+    @property
+    def vocabulary_size(self) -> int:
+        """How many logits a row makes."""
+        if self.manifest.kind == "logits":
+            return self.manifest.width
+        return read_head_manifest(self._head_folder).vocabulary_size
+
     def check(self, model: ModelIdentity, prompt: Prompt, tokenization: Tokenization, expected: list[Reading]) -> None:
         """Refuse a store that is not this teacher's for `prompt`, this tokenizer and these examples in this order.
 
