@@ -30,7 +30,7 @@ NEUTRAL = frozenset(
     "kd kd.cli kd.config kd.errors kd.fingerprint kd.io.distributed kd.io.download kd.io.progress kd.models.hub".split()
 )
 WEIGHTS = "*.safetensors"
-READ_WITH_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.model")
+READ_WITH_WEIGHTS = ("*.json", "*.model")  # configuration and tokenizer
 BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,10 +68,12 @@ def versions(libraries: Iterable[str]) -> dict[str, str]:
 
 
 def device_name() -> str:
-    """What computes here: the first GPU's name, or the CPU."""
+    """What computes here: the first GPU's name, and whether its float32 products are TensorFloat-32's; or the CPU."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return torch.cuda.get_device_name() + (", TF32" if torch.backends.cuda.matmul.allow_tf32 else "")
 
 
 @cache
@@ -107,19 +109,24 @@ def model_sha256(folder: Path) -> str:
     known = _read_record(record)
     with ThreadPoolExecutor() as pool:
         sums = dict(zip(weights, pool.map(lambda path: _weights_sha256(path, known), weights), strict=True))
-    fresh = {path.name: [*_stamp(path), digest] for path, digest in sums.items()}
-    if fresh != known:
+    fresh = {path.name: [*_stamp(path), digest] for path, digest in sums.items() if not _hub_name(path)}
+    if fresh != known and fresh:
         _write_record(record, fresh)
     document = [(path.name, sums.get(path) or sha256(path)) for path in [*weights, *small]]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def _weights_sha256(path: Path, known: Mapping[str, Any]) -> str:
-    blob = path.resolve().name
-    if path.is_symlink() and BLOB.fullmatch(blob):
-        return blob
+    if name := _hub_name(path):
+        return name
     size, time, digest = known.get(path.name, (None, None, ""))
     return str(digest) if [size, time] == _stamp(path) else sha256(path)
+
+
+def _hub_name(path: Path) -> str | None:
+    """The checksum that a file of the Hub's cache is called by."""
+    name = path.resolve().name
+    return name if path.is_symlink() and BLOB.fullmatch(name) else None
 
 
 def _stamp(path: Path) -> list[int]:

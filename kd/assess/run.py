@@ -178,7 +178,7 @@ def _key(config: Config, experiment: str, exact: bool) -> str:
             *([adapter / "adapter_config.json", adapter / ADAPTER_WEIGHTS] if adapter else []),
         ],
         models={"student": model_folder(config.student.model)},
-        libraries=("torch", "transformers", "peft"),
+        libraries=("torch", "transformers", "peft", "tokenizers"),
         device=fingerprint.device_name(),
     )
 

@@ -75,7 +75,7 @@ def run_key(config: Config, experiment: str, module: str = __name__) -> str:
         config.model_dump(include={"seed", "student", "distill"}) | {"adapter": adapter.model_dump()},
         files=[data / "train.jsonl", data / "test.jsonl", *store],
         models={"student": model_folder(config.student.model)},
-        libraries=VERSIONS,
+        libraries=(*VERSIONS, "tokenizers"),
         device=fingerprint.device_name(),
     )
 

@@ -84,7 +84,7 @@ def capture_key(config: Config, prompt: str) -> str:
         },
         files=[folder / "data" / "train.jsonl", folder / "teacher" / HEAD_FOLDER / MANIFEST],
         models={"teacher": model_folder(config.teacher.model)},
-        libraries=backends.LIBRARIES[config.teacher.backend],
+        libraries=(*backends.LIBRARIES[config.teacher.backend], "tokenizers"),
         device=fingerprint.device_name(),
     )
 
