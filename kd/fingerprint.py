@@ -13,14 +13,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from kd.errors import UserError
 from kd.io.files import sha256
+from kd.io.progress import progress
 
 HERE = Path(__file__).parent
 KEY_DIGITS = 16
@@ -31,6 +33,7 @@ NEUTRAL = frozenset(
 )
 WEIGHTS = "*.safetensors"
 READ_WITH_WEIGHTS = ("*.json", "*.model")  # configuration and tokenizer
+SHOWN_BYTES = 4 * 2**30  # more than a few seconds' reading is shown
 BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -101,32 +104,43 @@ def model_sha256(folder: Path) -> str:
     """A checksum of a model: its weights, configuration and tokenizer.
 
     Weights are read once: their checksums are kept beside the folder, with the size and time of each file they are of.
-    A file of the Hub's cache is a link to one that has its checksum for a name, which was compared as it was fetched.
+    A UserError names a file of the Hub's cache that is not what the Hub gave.
     """
     weights = sorted(folder.glob(WEIGHTS))
     small = sorted({path for pattern in READ_WITH_WEIGHTS for path in folder.glob(pattern)})
-    record = folder.parent / f".{folder.name}.sha256.json"
+    record = _record(folder)
     known = _read_record(record)
-    with ThreadPoolExecutor() as pool:
-        sums = dict(zip(weights, pool.map(lambda path: _weights_sha256(path, known), weights), strict=True))
-    fresh = {path.name: [*_stamp(path), digest] for path, digest in sums.items() if not _hub_name(path)}
-    if fresh != known and fresh:
+    unread = [path for path in weights if known.get(path.name, [])[:2] != _stamp(path)]
+    fresh = {path.name: known[path.name] for path in weights if path not in unread}
+    fresh |= {path.name: [*_stamp(path), digest] for path, digest in _read_weights(unread)}
+    if unread:
         _write_record(record, fresh)
-    document = [(path.name, sums.get(path) or sha256(path)) for path in [*weights, *small]]
+    document = [*((path.name, fresh[path.name][2]) for path in weights), *((path.name, sha256(path)) for path in small)]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
-def _weights_sha256(path: Path, known: Mapping[str, Any]) -> str:
-    if name := _hub_name(path):
-        return name
-    size, time, digest = known.get(path.name, (None, None, ""))
-    return str(digest) if [size, time] == _stamp(path) else sha256(path)
+def _read_weights(paths: list[Path]) -> Iterator[tuple[Path, str]]:
+    """Files of weights and their checksums, on all cores, as they are read."""
+    size = sum(path.stat().st_size for path in paths)
+    bar = progress((), "reading weights", "B", size, scale=True) if size > SHOWN_BYTES else None
+    with ThreadPoolExecutor() as pool:
+        for path, digest in zip(paths, pool.map(sha256, paths), strict=True):
+            name = path.resolve().name  # a file of the Hub's cache is called by its checksum
+            if path.is_symlink() and BLOB.fullmatch(name) and name != digest:
+                raise UserError(
+                    f"{path}: not what the Hub gave, cut or changed; remove {path.resolve()} and fetch it again"
+                )
+            if bar:
+                bar.update(path.stat().st_size)
+            yield path, digest
+    if bar:
+        bar.close()
 
 
-def _hub_name(path: Path) -> str | None:
-    """The checksum that a file of the Hub's cache is called by."""
-    name = path.resolve().name
-    return name if path.is_symlink() and BLOB.fullmatch(name) else None
+def _record(folder: Path) -> Path:
+    """Where a model's checksums are kept; the Hub's library wants nothing of ours among its snapshots."""
+    beside = folder.parent.parent if folder.parent.name == "snapshots" else folder.parent
+    return beside / f".{folder.name}.sha256.json"
 
 
 def _stamp(path: Path) -> list[int]:

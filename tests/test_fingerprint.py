@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from kd import fingerprint
 from kd.assess.journal import Journal
 from kd.cli import main
 from kd.distill import train
+from kd.errors import UserError
 from kd.fingerprint import closure, model_sha256
 from kd.teacher.backends.transformers import TransformersTeacher
 
@@ -300,12 +302,19 @@ def test_weights_are_read_once_and_again_when_they_change(
     assert read.count(".safetensors") == 3
 
 
-def test_a_weight_file_of_the_hubs_cache_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blob = tmp_path / "blobs" / ("0123456789abcdef" * 4)
-    blob.parent.mkdir()
-    blob.write_bytes(b"weights")
+def test_a_cut_file_of_the_hubs_cache_is_refused_and_nothing_is_left_among_its_snapshots(tmp_path: Path) -> None:
+    content = b"weights"
+    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
     folder = tmp_path / "snapshots" / "revision"
+    blob.parent.mkdir()
     folder.mkdir(parents=True)
+    blob.write_bytes(content)
     (folder / "model.safetensors").symlink_to(blob)
-    monkeypatch.setattr(fingerprint, "sha256", lambda path: pytest.fail(f"{path} was read"))
-    assert len(model_sha256(folder)) == 64
+    whole = model_sha256(folder)
+    assert model_sha256(folder) == whole
+    assert list(folder.parent.iterdir()) == [folder]
+    blob.write_bytes(content[:-1])
+    with pytest.raises(
+        UserError, match=rf"model.safetensors: not what the Hub gave.* remove {blob} and fetch it again"
+    ):
+        model_sha256(folder)
