@@ -135,6 +135,7 @@ def measure(config: Config) -> dict[str, Measured]:
 
 
 def questions_of(config: Config) -> list[Example]:
+    """The test questions that are read."""
     return read_examples(config.artifacts / "data" / "test.jsonl")[: config.attention.questions]
 
 

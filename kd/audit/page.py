@@ -57,6 +57,7 @@ def prepare(
 
 
 def write(document: dict[str, Any], prepared: Prepared, folder: Path) -> None:
+    """Write audit.json, audit.txt, the charts and the page into `folder`, whole."""
     experiments = document["experiments"]
     counted = {name: e | {"accuracy": e["recomputed_accuracy"]} for name, e in experiments.items()}
     rule_sets = {name: {r: e["rule_sets"][r]["accuracy"] for r in RULE_SETS} for name, e in experiments.items()}

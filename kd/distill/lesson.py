@@ -27,10 +27,12 @@ class Lesson:
 
     @property
     def head(self) -> Head | None:
+        """What makes logits of the teacher's rows."""
         return self.store.head if self.store else None
 
     @property
     def states(self) -> States | None:
+        """The teacher's rows by example id."""
         return self.store.rows if self.store else None
 
 

@@ -130,6 +130,7 @@ class StoreManifest(_Record):
 
 
 def write_sealed(path: Path, manifest: BaseModel) -> None:
+    """Write a manifest, whole, with its own checksum at its end."""
     with whole_file(path, path.with_suffix(".part")) as work:
         write_text(work, _sealed(manifest.model_dump()))
 
@@ -148,6 +149,7 @@ def _value(value: Any) -> str:
 
 
 def read_sealed(path: Path, kind: type[Any]) -> Any:
+    """The manifest of that `kind` in `path`; a UserError where it is missing, of another version or changed."""
     document = read_json(path, "the manifest of a teacher store")
     try:
         if not isinstance(document, dict):

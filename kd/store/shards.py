@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 
 def shard_file(folder: Path, kind: Kind, number: int) -> Path:
+    """Where a store\'s shard of that number lies."""
     return folder / f"{kind}-{number:05d}.safetensors"
 
 
 def write_shard(path: Path, kind: Kind, number: int, pending: list[tuple[Reading, torch.Tensor]]) -> None:
+    """Write the rows of some examples as one file, whole or not at all."""
     import torch
 
     examples, row = [], 0
@@ -50,6 +52,8 @@ def write_shard(path: Path, kind: Kind, number: int, pending: list[tuple[Reading
 
 @dataclass(frozen=True)
 class ReadBack:
+    """A shard as it lies on the disk: its size and checksum, its rows\' width, and what they are of."""
+
     shard: Shard
     width: int
     examples: list[StoredExample]
@@ -83,4 +87,5 @@ def _described_examples(path: Path) -> list[StoredExample]:
 
 
 def checksum(rows: torch.Tensor) -> str:
+    """SHA-256 of rows\' elements."""
     return hashlib.sha256(tensor_bytes(rows)).hexdigest()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from adapted import student
 
 from kd.config import Distill, load_config
 from kd.distill import checkpoint
@@ -31,17 +29,6 @@ def settings() -> Distill:
 def head() -> TeacherHead:
     torch.manual_seed(5)
     return TeacherHead(torch.rand(24), torch.randn(VOCABULARY, 24), 1e-5)
-
-
-def student(folder: Path, targets: list[str], dropout: float = 0.0) -> Any:
-    """The tiny Llama with an adapter whose B is not zero."""
-    torch.manual_seed(3)
-    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.train()
 
 
 def examples() -> tuple[list[Match], dict[str, torch.Tensor]]:

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adapted
 import pytest
 import torch
 from commands import begin, contents, run
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from kd.cli import main
 from kd.config import Config, Distill, load_config
@@ -48,16 +47,9 @@ def head() -> TeacherHead:
 
 
 def student(folder: Path, dtype: str, dropout: float) -> Any:
-    """The Llama on the GPU, with an adapter whose B is not zero."""
-    torch.manual_seed(3)
+    """The Llama on the GPU, with an adapter on its attention."""
     modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=modules)
-    base = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to("cuda")
-    model = get_peft_model(base, lora)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.train()
+    return adapted.student(folder, modules, dropout, dtype=dtype, device="cuda", std=0.05)
 
 
 def examples() -> tuple[list[Match], dict[str, torch.Tensor]]:
