@@ -16,8 +16,9 @@ from kd.cli import main
 from kd.config import load_config
 from kd.data.rows import read_examples
 from kd.models.load import load_tokenizer
+from kd.protocol.reading import teacher_reading
 from kd.store.reader import TeacherStore
-from kd.teacher import backends, capture
+from kd.teacher import backends
 
 pytestmark = [
     pytest.mark.usefixtures("gpu"),
@@ -49,7 +50,7 @@ def test_rebuilt_logits_are_exllamav2s_own() -> None:
     opened.head = opened.head.to("cuda")
     for example in examples[:8]:
         own = loaded.model.forward(
-            torch.tensor([capture.teacher_reading(tokenizer, "published", "teacher", example).token_ids])
+            torch.tensor([teacher_reading(tokenizer, "published", "teacher", example).token_ids])
         )[0]
         with torch.inference_mode():
             through_modules = head.forward(norm.forward(opened.states(example.id).cuda()[None]))[0]
