@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError, WorkFailedError
+from kd.io.stopping import Terminated, sigterm_stops, system_error
 from kd.scoring.extract import RULE_SETS
 
 if TYPE_CHECKING:
     from kd.config import Config
 
+PIPELINE = "dvc.yaml"
 # A study's processes: TensorFloat-32 products (bfloat16's speed at float32's range), which torch reads as it is
 # imported, and one thread each.
 STUDY_ENVIRONMENT = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -53,20 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the process's exit status."""
     options = parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        with sigterm_stops():
+            return options.run(options) or 0
     except UserError as error:
         print(f"kd: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `kd audit | head`: nobody reads on, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (WorkFailedError, OSError) as error:
+    except WorkFailedError as error:
         print(f"kd: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"kd: {system_error(error)}; then run the same command again", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         kept = str(stop) or "earlier results are as they were, run the same command again"
-        print(f"kd: interrupted; {kept}", file=sys.stderr)
-        return 130
+        terminated = isinstance(stop, Terminated)
+        print(f"kd: {'terminated' if terminated else 'interrupted'}; {kept}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,14 +98,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_configured(
-    commands: Any, name: str, run: Callable[[Config, argparse.Namespace], None], text: str
+    commands: Any, name: str, run: Callable[[Config, argparse.Namespace], bool | None], text: str, record: str = ""
 ) -> argparse.ArgumentParser:
-    """A command that reads the params file."""
+    """A command that reads the params file. What it makes has a `record` of that name, with options' values in braces;
+    it makes nothing where `run` returns False."""
 
     def with_config(options: argparse.Namespace) -> None:
         from kd.config import load_config
 
-        run(load_config(options.params), options)
+        _insist_on_checkout(options.params)
+        config, began = load_config(options.params), datetime.now().astimezone()
+        if run(config, options) is not False and record:
+            from kd.machine.record import write_record
+
+            write_record(config, record.format_map(vars(options)), began)
 
     sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     _add_params(sub)
@@ -111,14 +126,14 @@ def _add_params(to: Any) -> None:
 def _add_stages(commands: Any) -> None:
     stage = partial(_add_configured, commands)
 
-    stage("inputs", _inputs, "check the data and the models that params name, and write what they are")
-    stage("prepare", _prepare, "write the training and test rows to artifacts/<profile>/data")
-    stage("head", _head, "keep the teacher's final norm and output head, once for all prompts")
-    teacher = stage("teacher", _teacher, "capture the teacher's states behind one prompt")
+    stage("inputs", _inputs, "check the data and the models that params name, and write what they are", "inputs")
+    stage("prepare", _prepare, "write the training and test rows to artifacts/<profile>/data", "prepare")
+    stage("head", _head, "keep the teacher's final norm and output head, once for all prompts", "head")
+    teacher = stage("teacher", _teacher, "capture the teacher's states behind one prompt", "teacher/{prompt}")
     teacher.add_argument("prompt", metavar="PROMPT", help="base, teacher, ground-truth or confidence")
-    train = stage("train", _train, "train one student's adapter")
+    train = stage("train", _train, "train one student's adapter", "train/{experiment}")
     train.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters`, such as teacher-kd")
-    assess = stage("assess", _assess, "let one student answer the test questions")
+    assess = stage("assess", _assess, "let one student answer the test questions", "assess/{experiment}")
     assess.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as no-distillation")
     way = assess.add_mutually_exclusive_group()
     way.add_argument("--exact", action="store_true", help="generate one row at a time, as the original did")
@@ -131,20 +146,30 @@ def _add_stages(commands: Any) -> None:
     assess.add_argument("--json", action="store_true", help="with --compare, print one JSON document")
     doctor = stage("doctor", _doctor, "check whether this machine has what the profile needs")
     doctor.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    statistics = stage("statistics", _statistics, "measure how sure the teacher is behind each prompt")
+    statistics = stage("statistics", _statistics, "measure how sure the teacher is behind each prompt", "statistics")
     statistics.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    search = stage("search", _search, "search alpha and T for one student: Bayesian, resumable, by many processes")
+    search = stage(
+        "search",
+        _search,
+        "search alpha and T for one student: Bayesian, resumable, by many processes",
+        "search/{experiment}",
+    )
     search.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters` that has a teacher")
     search.add_argument("--storage", metavar="URL", help="a database that several hosts share (an SQLite file)")
     search.add_argument("--on-test", action="store_true", help="judge on the test split, as the original did; unfair")
     search.add_argument("--json", action="store_true", help="print best.json")
     measure = stage(
-        "measure", _measure, "measure a student's loss on the test answers and its distance from its teacher"
+        "measure",
+        _measure,
+        "measure a student's loss on the test answers and its distance from its teacher",
+        "measure/{experiment}",
     )
     measure.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as teacher-kd")
     measure.add_argument("--json", action="store_true", help="print one JSON document")
     _add_report(commands)
-    attention = stage("attention", _attention, "measure how each student attends and how sure it is of each next token")
+    attention = stage(
+        "attention", _attention, "measure how each student attends and how sure it is of each next token", "attention"
+    )
     attention.add_argument(
         "--heads",
         metavar="L:H,…",
@@ -270,6 +295,20 @@ def _add_study(commands: Any) -> None:
     add("results", _study_results, "write results.json, the README's tables, and logs/ for DVC")
 
 
+def _insist_on_checkout(params: Path) -> None:
+    """Refuse to work beside a checkout instead of in it, and with other code than the checkout's, which dvc.lock would
+    then name for results that it has not made."""
+    top = params.parent.resolve()
+    if (top / PIPELINE).exists() and top != Path.cwd():
+        raise UserError(f"{params}: results lie where kd is started; go to {top} and leave --params out")
+    code = Path("kd").absolute()
+    if Path(PIPELINE).exists() and (code / "cli.py").exists() and not code.samefile(Path(__file__).parent):
+        raise UserError(
+            f"{code}: not the code that runs, which is {Path(__file__).parent}; in this checkout type `python -m kd` "
+            "instead of `kd`, or let `nox` make its own environment"
+        )
+
+
 def _inputs(config: Config, _: argparse.Namespace) -> None:
     from kd.inputs import write_inputs
 
@@ -293,7 +332,7 @@ def _head(config: Config, _: argparse.Namespace) -> None:
     keep_head(config)
 
 
-def _teacher(config: Config, options: argparse.Namespace) -> None:
+def _teacher(config: Config, options: argparse.Namespace) -> bool:
     from kd.config import choose
 
     choose(options.prompt, config.prompts, "prompt", "prompts")
@@ -302,7 +341,7 @@ def _teacher(config: Config, options: argparse.Namespace) -> None:
     launch(config.launcher)
     from kd.teacher.capture import capture
 
-    capture(config, options.prompt)
+    return capture(config, options.prompt)
 
 
 def _train(config: Config, options: argparse.Namespace) -> None:
@@ -314,7 +353,7 @@ def _train(config: Config, options: argparse.Namespace) -> None:
     train(config, options.experiment)
 
 
-def _assess(config: Config, options: argparse.Namespace) -> None:
+def _assess(config: Config, options: argparse.Namespace) -> bool:
     from kd.config import choose
 
     choose(options.experiment, list(config.experiments), "experiment", "experiments")
@@ -324,16 +363,17 @@ def _assess(config: Config, options: argparse.Namespace) -> None:
     if not options.compare:
         launch(config.launcher)
         assess(config, options.experiment, exact=options.exact)
-        return
+        return True
     compared = compare(config, options.experiment, options.compare)
-    _print(json.dumps(compared, indent=1) if options.json else comparison_text(compared))
+    _print(_json(compared) if options.json else comparison_text(compared))
+    return False
 
 
 def _doctor(config: Config, options: argparse.Namespace) -> None:
     from kd.machine.doctor import document, examine, insist, text
 
     checks = examine(config)
-    _print(json.dumps(document(config, checks), indent=1) if options.json else text(checks))
+    _print(_json(document(config, checks)) if options.json else text(checks))
     insist(checks)
 
 
@@ -342,7 +382,7 @@ def _statistics(config: Config, options: argparse.Namespace) -> None:
     from kd.report.tables import aligned, prompt_rows
 
     found = measure_prompts(config)
-    _print(json.dumps(found, indent=1) if options.json else aligned(prompt_rows(found)))
+    _print(_json(found) if options.json else aligned(prompt_rows(found)))
 
 
 def _search(config: Config, options: argparse.Namespace) -> None:
@@ -369,24 +409,29 @@ def _report(options: argparse.Namespace) -> None:
         from kd.study.tables import text
 
         study = read_study(options.study)
-        _print(json.dumps(study["summary"], indent=1) if options.json else text(study))
+        _print(_json(study["summary"]) if options.json else text(study))
         return
     from kd.config import load_config
+    from kd.machine.record import write_record
     from kd.report.run import report
     from kd.report.tables import table
 
-    results = report(load_config(options.params))
-    _print(json.dumps(results, indent=1) if options.json else table(results))
+    _insist_on_checkout(options.params)
+    config, began = load_config(options.params), datetime.now().astimezone()
+    results = report(config)
+    write_record(config, "report", began)
+    _print(_json(results) if options.json else table(results))
 
 
-def _attention(config: Config, options: argparse.Namespace) -> None:
+def _attention(config: Config, options: argparse.Namespace) -> bool:
     from kd.report.attention import analyse, draw_heads, summary_rows
     from kd.report.tables import aligned
 
     if options.heads:
         _print("\n".join(map(str, draw_heads(config, options.heads))))
-    else:
-        _print(aligned(summary_rows(analyse(config))))
+        return False
+    _print(aligned(summary_rows(analyse(config))))
+    return True
 
 
 def _review(config: Config, options: argparse.Namespace) -> None:
@@ -415,7 +460,7 @@ def _extract(options: argparse.Namespace) -> None:
         for row, found in enumerate(extract(responses, options.rules), start=1)
     ]
     if options.json:
-        _print(json.dumps(rows, indent=1))
+        _print(_json(rows))
     else:
         _print("row\tanswer\trule\n" + "".join(f"{r['row']}\t{r['answer'] or ''}\t{r['rule']}\n" for r in rows))
 
@@ -425,7 +470,7 @@ def _audit(options: argparse.Namespace) -> None:
     from kd.audit.run import audit
 
     document = audit(options.data, options.output)
-    _print(json.dumps(document, indent=1) if options.json else text(document))
+    _print(_json(document) if options.json else text(document))
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -446,7 +491,7 @@ def _store_inspect(options: argparse.Namespace) -> None:
     from kd.teacher.inspect import inspect, text
 
     found = inspect(options.path)
-    _print(json.dumps(found, indent=1) if options.json else text(found))
+    _print(_json(found) if options.json else text(found))
 
 
 def _store_export(options: argparse.Namespace) -> None:
@@ -515,7 +560,12 @@ def _heads(text: str) -> list[tuple[int, int]]:
 
 def _print_values(values: dict[str, Any], as_json: bool) -> None:
     """Names and values, one a line, or as one JSON document."""
-    _print(json.dumps(values, indent=1) if as_json else "\n".join(f"{name}: {value}" for name, value in values.items()))
+    _print(_json(values) if as_json else "\n".join(f"{name}: {value}" for name, value in values.items()))
+
+
+def _json(document: Any) -> str:
+    """One JSON document, in ASCII, which every terminal shows."""
+    return json.dumps(document, indent=1, allow_nan=False)
 
 
 def _print(document: str) -> None:

@@ -17,6 +17,7 @@ from kd.paper import PROMPTS
 
 Count = Annotated[int, Field(gt=0)]
 Gib = Annotated[float, Field(ge=0)]  # units of 2^30 bytes
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # torch takes no more
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # becomes a folder or stage name
@@ -28,9 +29,9 @@ Document = TypeVar("Document", bound=BaseModel)
 
 
 class Params(BaseModel):
-    """Immutable, strict about types, closed to unknown keys."""
+    """Immutable, strict about types, closed to unknown keys and to numbers that are none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -250,7 +251,7 @@ class Config(Params):
     """A whole params.yaml."""
 
     profile: Name
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     needs: Needs = Needs()
     dataset: Dataset
     teacher: Teacher

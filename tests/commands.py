@@ -25,3 +25,8 @@ def run(*arguments: str, **variables: str) -> None:
 def contents(folder: Path) -> dict[Path, bytes]:
     """Every file of a folder."""
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def unfinished(top: Path = Path("artifacts")) -> list[Path]:
+    """Every folder and file of unfinished work, and of its locks."""
+    return sorted(path for partial in top.rglob(".partial") for path in (partial, *partial.rglob("*")))

@@ -27,6 +27,7 @@ FLOORS = [
     "inputs machine",
     "study audit",
     "cli",
+    "__main__",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_a_launcher_stands_before_the_command_and_does_not_shape_the_result(
     for command in COMMANDS:
         done = subprocess.run(["kd", *command], env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert done.stderr.startswith(f"kd: env 'LAUNCHED_BY=a launcher' kd {' '.join(command)}\n")
+        assert done.stderr.startswith(f"kd: env 'LAUNCHED_BY=a launcher' {sys.executable} -m kd {' '.join(command)}\n")
     assert contents() == expected
 
 
@@ -98,7 +99,12 @@ def test_two_hosts_make_the_same_bytes_as_one_process(expected: dict[str, bytes]
             for rank, host in enumerate(hosts)
         ]
         pair = [
-            subprocess.Popen([*launcher.split(), "kd", *command], env=environment(), stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*launcher.split(), sys.executable, "-m", "kd", *command],
+                env=environment(),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for launcher in launchers
         ]
         ends = [process.communicate(timeout=300)[1] for process in pair]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from kd.config import Config
+from kd.errors import finite
 from kd.io.files import whole_file, write_json
 from kd.io.progress import progress
 from kd.models.load import default_device
@@ -37,8 +38,9 @@ def _measure(config: Config, prompt: str) -> dict[str, Any]:
         largest = opened.logits(example_id).softmax(-1).amax(-1)
         total += float(largest.double().sum())
         positions += len(largest)
+    mean = finite(total / positions, f"{opened.folder}: the mean probability", "choose another `teacher.model`")
     return {
-        "mean_max_probability": total / positions,
+        "mean_max_probability": mean,
         "positions": positions,
         "questions": len(chosen),
         "published": MEAN_MAX_PROBABILITY.get(prompt),

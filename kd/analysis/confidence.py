@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from kd.config import Config
+from kd.errors import finite
 from kd.models.load import encode
 from kd.protocol.reading import student_token_ids
 from kd.scoring.log import read_log
@@ -73,4 +74,7 @@ def answer_probabilities(model: Any, answer: Answer, question: list[int], cache:
 def confidence(largest: list[torch.Tensor]) -> Confidence:
     """All positions of several texts together, each position as much as any other."""
     together = torch.cat(largest).double()
-    return Confidence(float(together.mean()), len(together))
+    mean = finite(
+        float(together.mean()), "the student's mean probability", "lower `distill.learning_rate`, train it again"
+    )
+    return Confidence(mean, len(together))

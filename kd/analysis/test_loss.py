@@ -3,15 +3,14 @@ moves only when a whole answer turns right."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from kd.config import Config
 from kd.data.rows import read_examples
 from kd.distill.step import States
 from kd.distill.train import evaluate
-from kd.errors import UserError
-from kd.io.files import write_whole_file
+from kd.errors import UserError, finite
+from kd.io.files import as_json, write_whole_file
 from kd.io.progress import progress
 from kd.models.adapters import adapter_folder, load_student
 from kd.models.load import context_length, default_device, load_tokenizer, model_folder, vocabulary_sha256
@@ -19,6 +18,8 @@ from kd.protocol.alignment import match_examples
 from kd.protocol.reading import teacher_reading
 from kd.store.records import Reading
 from kd.teacher import backends
+
+LOWER_RATE = "lower `distill.learning_rate` and train it again"
 
 
 def measure(config: Config, experiment: str) -> dict[str, Any]:
@@ -54,8 +55,10 @@ def measure(config: Config, experiment: str) -> dict[str, Any]:
         states = _states(teacher, wanted, config.teacher.batch_rows, f"teacher, {prompt}")
         loss = evaluate(student, matches.kept, states, head, settings)
         divergence[prompt] = float(loss.divergence)
-    measured = {"answer_loss": float(loss.cross_entropy), "divergence": divergence, "rows": len(matches.kept)}
-    write_whole_file(config.artifacts / "measures" / f"{experiment}.json", json.dumps(measured, indent=1) + "\n")
+        finite(divergence[prompt], f"{experiment}: its divergence behind {prompt}", LOWER_RATE)
+    answer_loss = finite(float(loss.cross_entropy), f"{experiment}: its answer loss", LOWER_RATE)
+    measured = {"answer_loss": answer_loss, "divergence": divergence, "rows": len(matches.kept)}
+    write_whole_file(config.artifacts / "measures" / f"{experiment}.json", as_json(measured))
     return measured
 
 

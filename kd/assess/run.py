@@ -6,6 +6,8 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from kd import fingerprint
@@ -16,7 +18,8 @@ from kd.config import Config
 from kd.data.rows import Example, read_examples
 from kd.errors import UserError, WorkFailedError
 from kd.io.distributed import take_gpus, this_process, wait_for_others
-from kd.io.files import remove_stale, unfinished_folder, write_whole_file
+from kd.io.files import remove_stale, unfinished_folder, whole_file, write_text
+from kd.io.stopping import what_is_kept
 from kd.models.adapters import ADAPTER_WEIGHTS, adapter_folder, load_student
 from kd.models.load import context_length, default_device, load_tokenizer, model_folder
 from kd.protocol.reading import student_token_ids
@@ -68,19 +71,28 @@ def assess(config: Config, experiment: str, *, exact: bool = False) -> None:
     take_gpus(process)
     questions = read_questions(config, experiment)
     target, key = log_file(config, experiment), _key(config, experiment, exact)
-    journal = Journal(unfinished_folder(target, key), process.rank)
-    count, done = len(questions.rows), journal.read()
-    todo = [questions.rows[i] for i in process.part(count) if i not in done]
-    if todo:
-        _answer_into(journal, config, experiment, questions, todo, exact)
-    if process.rank == 0:
-        remove_stale(target, key)
-        waiting = f"assess, {experiment}, waiting for other processes"
-        wait_for_others(lambda: count - len(journal.read()), waiting, "row")
-        responses = journal.read()
-        in_order = [responses[i] for i in range(count)]
-        write_whole_file(target, log_text(questions.examples, questions.prompts, in_order))
-        shutil.rmtree(journal.folder)
+    count = len(questions.rows)
+    with (
+        unfinished_folder(target, key, process) as work,
+        what_is_kept(work, kept := partial(_kept, work)),
+    ):
+        journal = Journal(work, process.rank)
+        done = journal.read()
+        todo = [questions.rows[i] for i in process.part(count) if i not in done]
+        if todo:
+            respondent = Respondent(config, experiment, questions)
+            for ended in respondent.answer(todo, exact):
+                journal.add({row.index: respondent.ending.response(row) for row in ended if not row.failure})
+            _refuse_failed(todo, questions, kept())
+        if process.rank == 0:
+            remove_stale(work)
+            waiting = f"assess, {experiment}, waiting for other processes"
+            wait_for_others(lambda: count - len(journal.read()), waiting, "row")
+            responses = journal.read()
+            with whole_file(target, work / target.name) as file:
+                in_order = [responses[i] for i in range(count)]
+                write_text(file, log_text(questions.examples, questions.prompts, in_order))
+            shutil.rmtree(work)
 
 
 def compare(config: Config, experiment: str, count: int) -> dict[str, Any]:
@@ -142,18 +154,8 @@ def read_questions(config: Config, experiment: str) -> Questions:
     return Questions(examples, prompts, rows, tokenizer)
 
 
-def _answer_into(
-    journal: Journal, config: Config, experiment: str, questions: Questions, todo: Sequence[Row], exact: bool
-) -> None:
-    """Answer the rows in `todo` and keep each in the journal; WorkFailedError names those that failed."""
-    kept = f"finished rows are kept in {journal.folder}; the same command tries only the others again"
-    try:
-        respondent = Respondent(config, experiment, questions)
-        for ended in respondent.answer(todo, exact):
-            journal.add({row.index: respondent.ending.response(row) for row in ended if not row.failure})
-    except RuntimeError as error:  # torch's: a failing GPU
-        raise WorkFailedError(f"{' '.join(str(error).split())}; {kept}") from error
-    _refuse_failed(todo, questions, kept)
+def _kept(work: Path) -> str:
+    return f"finished rows are kept in {work}; the same command tries only the others again"
 
 
 def _refuse_failed(rows: Sequence[Row], questions: Questions, consequence: str) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from kd.distill.step import Descent
 from kd.errors import UserError
 from kd.io.files import read_json, whole_folder, write_json
+from kd.store.tensors import write_tensors
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def save(folder: Path, descent: Descent, curve: list[Record]) -> None:
     tensors = {"weights": descent.weights, "momenta": descent.momenta, **_random_states()}
     target = folder / f"{len(curve):08d}"
     with whole_folder(target, folder / "unfinished") as work:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, work / "state.safetensors")
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_tensors(work / "state.safetensors", shapes, tensors.values())
         write_json(work / "curve.json", [asdict(record) for record in curve])
     for earlier in _found(folder):
         if earlier != target:

@@ -8,6 +8,7 @@ drawn for all together. Steps are of one example.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -30,8 +31,10 @@ from kd.distill.train import learning_rate, read_behind, run_key, step_count
 from kd.errors import UserError
 from kd.io.files import resumable_folder, whole_folder, write_json
 from kd.io.progress import progress
+from kd.io.stopping import what_is_kept
 from kd.protocol.alignment import Match
 from kd.store.head import Head
+from kd.store.tensors import system_errors
 
 CHUNK_ROWS = 1024
 ENDED = "cohort.json"  # in a cohort's folder once it is over: whom it trained, and who of them diverged
@@ -93,7 +96,9 @@ class CohortLoss(torch.autograd.Function):
             gradient[rows] = (slope.to(output.dtype) @ output) * weights[rows].to(output.dtype)
         ctx.gradient = gradient
         totals = alpha * values[:, :1] + (1 - alpha) * temperature**2 * values[:, 1:]
-        losses = (shares @ torch.cat([totals, values], dim=1)).T
+        # Not a product: 0 times the losses of a student that diverged is no number, and would be everybody's.
+        shared = shares[..., None] * torch.cat([totals, values], dim=1)
+        losses = shared.masked_fill(shares[..., None] == 0, 0).sum(1).T
         ctx.mark_non_differentiable(losses)
         return losses[0].sum(), losses
 
@@ -159,6 +164,7 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
     lower = [f"the number of its students ({len(runs)})", *lowerable(members[0].config)]
     with (
         resumable_folder(state, hashlib.sha256("".join(keys).encode()).hexdigest()[:16]) as work,
+        what_is_kept(work, lambda: f"the same command {checkpoint.going_on(work)}"),
         shortage_told("cohort", lower, lambda: checkpoint.going_on(work)),
     ):
         student, cohort, step = begin(members, matches)
@@ -168,6 +174,8 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
         bar = progress(descend(members, matches, step, len(curve)), "cohort", "step", step_count(matches[0], settings))
         bar.update(len(curve))
         for record in bar:
+            if not math.isfinite(record.loss):  # the last one has diverged
+                break
             curve.append(record)
             bar.set_postfix_str(f"mean loss {record.loss:.3f}", refresh=False)
             if record.step % every == 0 and record.step < step_count(matches[0], settings):
@@ -179,7 +187,7 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
                 diverged.append(member.name)
                 continue
             cohort.show(number)
-            with whole_folder(member.folder) as folder:
+            with whole_folder(member.folder) as folder, system_errors(folder):
                 save_adapter(student, member.config, member.experiment, member.lesson.matches, folder)
         for path in work.iterdir():
             shutil.rmtree(path)
@@ -216,7 +224,8 @@ def begin(members: list[Member], matches: list[list[Match]]) -> tuple[Any, Cohor
 def descend(
     members: list[Member], matches: list[list[Match]], step: EagerStep | GraphStep, done: int = 0
 ) -> Iterator[Record]:
-    """Train from update `done` on; each record's losses and rate are the means over the students."""
+    """Train from update `done` on; each record's rate is the mean over the students, and its losses over those that have
+    not diverged."""
     settings = [member.settings for member in members]
     steps = step_count(matches[0], settings[0])
     rates = torch.tensor([[[learning_rate(i, one)] for one in settings] for i in range(steps)])
@@ -235,11 +244,16 @@ def descend(
 
     tensors = on_device((make_batch(list(batch), states, step.bucket) for batch in ahead), step.device)
     launched = (
-        (number, step(inputs, rates[number - 1]).mean(1)) for number, inputs in enumerate(tensors, start=done + 1)
+        (number, _mean(step(inputs, rates[number - 1]))) for number, inputs in enumerate(tensors, start=done + 1)
     )
     for number, (total, ce, kl) in read_behind(launched, settings[0].checkpoint_every, steps):
         example = ahead[number - done - 1][0].example_id
         yield Record(number, [example], total, ce, kl, shared[number - 1])
+
+
+def _mean(losses: torch.Tensor) -> torch.Tensor:
+    """Means [3] over the students [3, students] whose losses are numbers; NaN where none is."""
+    return losses.where(losses.isfinite(), torch.nan).nanmean(1)
 
 
 def _owned(number: int, matches: list[Match]) -> list[Match]:

@@ -30,6 +30,7 @@ from kd.distill.train import descend, evaluate, run_key, step_count
 from kd.errors import UserError
 from kd.io.files import whole_folder, write_json
 from kd.io.progress import progress
+from kd.io.stopping import what_is_kept
 from kd.models.load import load_tokenizer, model_folder
 from kd.protocol.alignment import Match, match_examples
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     import optuna
 
 STUDY = "study.db"
-SEEDS_APART = 1_000_000  # more trials than a study has
 HEARTBEAT_S = 60  # a trial whose process has not been heard of for twice this is given to another
 
 
@@ -67,7 +67,7 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
 
     def suggested(trial: optuna.Trial) -> Config:
         # A sampler of its own for each trial: whoever runs it, it draws the same values after the same trials.
-        study.sampler = optuna.samplers.TPESampler(seed=config.seed * SEEDS_APART + trial.number)
+        study.sampler = optuna.samplers.TPESampler(seed=_sampler_seed(config.seed, trial.number))
         settings = config.distill.model_copy(update=_suggested(trial, config.search))
         return config.model_copy(update={"distill": settings})
 
@@ -85,7 +85,11 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
     enough = optuna.study.MaxTrialsCallback(config.search.trials, states=states)
     together = config.search.together
     lower = [*([f"`search.together` ({together})"] if together > 1 else []), *lowerable(config)]
-    with shortage_told(f"search, {experiment}", lower, lambda: f"keeps the trials that {folder / STUDY} has"):
+    kept = f"keeps the trials that {storage or folder / STUDY} has"
+    with (
+        what_is_kept(folder, lambda: f"the same command {kept}"),
+        shortage_told(f"search, {experiment}", lower, lambda: kept),
+    ):
         while (left := config.search.trials - len(study.get_trials(states=states))) > 0:
             if together == 1:
                 study.optimize(objective, callbacks=[enough])
@@ -104,6 +108,11 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
         write_json(work / "best.json", best)
         _plots(study, work)
     return best
+
+
+def _sampler_seed(seed: int, trial: int) -> int:
+    """A seed for a trial's sampler, in the 32 bits that NumPy takes."""
+    return int.from_bytes(hashlib.sha256(f"{seed}, {trial}".encode()).digest()[:4])
 
 
 def _side_by_side(members: list[Member], training: list[Match], judges: list[Match]) -> Iterator[float]:

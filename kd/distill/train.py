@@ -22,13 +22,15 @@ from kd.distill.lesson import Lesson, prepare_lesson
 from kd.distill.memory import lowerable, shortage_told
 from kd.distill.objective import Loss, Teacher, distillation_loss
 from kd.distill.step import EagerStep, GraphStep, States, make_batch, make_step, on_device
-from kd.errors import UserError
+from kd.errors import UserError, finite
 from kd.io.files import resumable_folder, write_json
 from kd.io.progress import progress
+from kd.io.stopping import what_is_kept
 from kd.models.load import model_folder
 from kd.protocol.alignment import Match
 from kd.store.head import Head
 from kd.store.records import MANIFEST
+from kd.store.tensors import system_errors
 
 LOSS_FOLDER = "loss"
 CHECK = "check.json"
@@ -43,10 +45,11 @@ def train(config: Config, experiment: str) -> None:
     print(f"{experiment}: {counts(lesson.matches)}", file=sys.stderr)
     with (
         resumable_folder(config.artifacts / "adapters" / experiment, run_key(config, experiment)) as work,
-        shortage_told(f"train, {experiment}", lowerable(config), lambda: checkpoint.going_on(work / "checkpoints")),
+        what_is_kept(work, lambda: f"the same command {checkpoint.going_on(checkpoints)}"),
+        shortage_told(f"train, {experiment}", lowerable(config), lambda: checkpoint.going_on(checkpoints)),
     ):
-        student = fresh_student(config, experiment)
         checkpoints = work / "checkpoints"
+        student = fresh_student(config, experiment)
         step = make_step(student, lesson.head, config.distill)
         curve = checkpoint.load(checkpoints, step.descent)
         with _loss_curve(work / LOSS_FOLDER, curve) as log:
@@ -61,8 +64,10 @@ def train(config: Config, experiment: str) -> None:
                 log(record)
                 bar.set_postfix_str(f"loss {record.loss:.3f}", refresh=False)
         loss = evaluate(student.get_base_model(), lesson.check, None, None, config.distill).cross_entropy
-        write_json(work / CHECK, {"check_loss": float(loss), "rows": len(lesson.check)})
-        save_adapter(student, config, experiment, lesson.matches, work)
+        check_loss = finite(float(loss), f"{experiment}: its check loss", "lower `distill.learning_rate`")
+        write_json(work / CHECK, {"check_loss": check_loss, "rows": len(lesson.check)})
+        with system_errors(work):
+            save_adapter(student, config, experiment, lesson.matches, work)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 

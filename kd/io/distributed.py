@@ -18,6 +18,7 @@ from kd.io.progress import progress
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+SLURM_JOB, SLURM_STEP = "SLURM_JOB_ID", "SLURM_STEP_ID"  # a job's script has the former alone, srun's processes both
 LAUNCHED = "KD_LAUNCHED"  # set for the processes that `launch` started, which do the work
 POLL_S = 0.5
 STALL_S = 30 * 60.0  # longer than a process takes to load a 405B teacher and finish its first shard
@@ -37,13 +38,23 @@ class Process:
         return _part(count, self.rank, self.world)
 
 
+ALONE = Process(0, 1, 0, 1)
+
+
 def this_process(environment: Mapping[str, str] = os.environ) -> Process:
     """This process's place as its launcher gives it in the environment; the only one where none does.
 
-    A launcher that says nothing of machines is taken to have started all processes on one.
+    A launcher that says nothing of machines is taken to have started all processes on one. SLURM describes a job's
+    script, which is one process, as the first of its tasks; only srun starts the others.
     """
-    by_slurm = "RANK" not in environment and "SLURM_PROCID" in environment
+    in_script = SLURM_JOB in environment and SLURM_STEP not in environment
+    by_slurm = not environment.keys() & {"RANK", "WORLD_SIZE"} and SLURM[0] in environment and not in_script
     names = SLURM if by_slurm else TORCHRUN
+    for name, other in (TORCHRUN[:2], TORCHRUN[1::-1]):
+        if name in environment and other not in environment:
+            raise UserError(
+                f"{name} is set and {other} is not; a launcher sets both, and a single process needs neither"
+            )
     rank, world = _number(environment, names[0], 0), _number(environment, names[1], 1)
     if rank >= world:
         raise UserError(f"{names[0]} is {rank} where {names[1]} is {world}; ranks count from 0 to {world - 1}")
@@ -58,7 +69,7 @@ def launch(launcher: str) -> None:
     """
     if not launcher or LAUNCHED in os.environ or "RANK" in os.environ:
         return
-    command = [*shlex.split(launcher), "kd", *sys.argv[1:]]
+    command = [*shlex.split(launcher), sys.executable, "-m", "kd", *sys.argv[1:]]
     print(f"kd: {shlex.join(command)}", file=sys.stderr, flush=True)
     try:
         os.execvpe(command[0], command, os.environ | {LAUNCHED: "1"})

@@ -1,55 +1,69 @@
-"""Files that are either whole or absent: temporary name, fsync, rename."""
+"""Files that are either whole or absent: temporary name, fsync, rename.
+
+Unfinished work lies beside its target, in `.partial/<its name>/`: on the same file system, a folder of its own for each
+target, and with a lock that only one process has (kd/io/lock.py). It is gone when the work is done.
+"""
 
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from kd.errors import UserError
+from kd.io.distributed import ALONE, Process
+from kd.io.lock import at_work
 
-PARTIAL = ".partial"  # holds unfinished work, in the folder at the top of the target's path: on its file system
+PARTIAL = ".partial"
+WORK = "work"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def whole_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder to fill; it takes `target`'s place when the block ends without an error.
 
-    A killed or failed run leaves at most its unfinished folder under `partial` (default: in
-    `artifacts/.partial/`), which the next run clears. A `target` from an earlier run stays until the new one is whole.
+    A `target` from an earlier run stays until the new one is whole. A killed run leaves at most its unfinished folder,
+    which the next run clears. `partial` is that folder for whoever knows that nobody else writes `target`.
     """
-    work = partial or _partial(target)
-    _remove(work)
-    work.mkdir(parents=True)
-    yield work
-    put_in_place(work, target)
+    with _bench(target, partial) as work, _disk(target):
+        _remove(work)
+        work.mkdir(parents=True)
+        yield work
+        put_in_place(work, target)
 
 
-def unfinished_folder(target: Path, key: str) -> Path:
-    """The folder in which a run for `target` works, with whatever earlier runs of the same `key` left in it.
+@contextmanager
+def unfinished_folder(target: Path, key: str, process: Process = ALONE) -> Iterator[Path]:
+    """Yield the folder in which a run for `target` works, with whatever earlier runs of the same `key` left in it.
 
     `key`, hexadecimal, stands for everything that shapes the result, so what is found there belongs to it. Fill the
-    folder with whole files, then `put_in_place`.
+    folder with whole files, then `put_in_place`. All processes of a launch work there at once; WorkFailedError where
+    somebody else does.
     """
-    work = _partial(target).with_name(f"{_partial(target).name}-{key}")
-    work.mkdir(parents=True, exist_ok=True)
-    return work
+    bench = bench_of(target)
+    with at_work(bench, target, process), _disk(target):
+        work = bench / key
+        work.mkdir(exist_ok=True)
+        try:
+            yield work
+        finally:
+            with suppress(OSError):  # what is unfinished stays
+                work.rmdir()
 
 
-def remove_stale(target: Path, key: str) -> None:
-    """Remove the unfinished folders of `target` that belong to another key than `key`."""
-    name = _partial(target).name
-    for folder in _partial(target).parent.glob(f"{name}-*"):
-        found = re.fullmatch(rf"{re.escape(name)}-([0-9a-f]+)(\.replaced)?", folder.name)
-        if found and found[1] != key:
+def remove_stale(work: Path) -> None:
+    """Remove the unfinished work for the target of `work` that belongs to another key."""
+    for folder in work.parent.iterdir():
+        if folder.is_dir() and folder != work:
             _remove(folder)
 
 
@@ -69,25 +83,26 @@ def put_in_place(work: Path, target: Path) -> None:
 @contextmanager
 def resumable_folder(target: Path, key: str) -> Iterator[Path]:
     """`whole_folder` for work that goes on where a killed run of the same `key` stopped."""
-    remove_stale(target, key)
-    work = unfinished_folder(target, key)
-    yield work
-    put_in_place(work, target)
+    with unfinished_folder(target, key) as work:
+        remove_stale(work)
+        yield work
+        put_in_place(work, target)
 
 
 @contextmanager
 def whole_file(target: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yield the path of a file to write; it takes `target`'s place when the block ends without an error.
 
-    It is written at `partial` (default: in `artifacts/.partial/`), on the file system of `target`.
+    `partial` is that path for whoever knows that nobody else writes `target`.
     """
-    work = partial or _partial(target)
-    work.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield work
-        put_file_in_place(work, target)
-    finally:
-        work.unlink(missing_ok=True)
+    if target.is_dir():
+        raise UserError(f"{target}: a folder is there; name a file")
+    with _bench(target, partial) as work, _disk(target):
+        try:
+            yield work
+            put_file_in_place(work, target)
+        finally:
+            work.unlink(missing_ok=True)
 
 
 def put_file_in_place(work: Path, target: Path) -> None:
@@ -96,6 +111,16 @@ def put_file_in_place(work: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     work.replace(target)
     _sync(target.parent)
+
+
+def bench_of(target: Path) -> Path:
+    """Where unfinished work for `target` lies."""
+    return target.parent / PARTIAL / target.name
+
+
+def full_disk(error: BaseException | None) -> bool:
+    """Whether an error says that a disk, or one's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 def free_bytes(path: Path) -> int:
@@ -118,7 +143,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """Write JSON, the same bytes for the same document, into a folder that `whole_folder` makes whole."""
-    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, as_json(document))
+
+
+def as_json(document: Any) -> str:
+    """A document as all files of ours hold it; ValueError for numbers that JSON has not, such as NaN."""
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -174,14 +204,34 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _partial(target: Path) -> Path:
-    top = target.parent if target.is_absolute() or len(target.parts) == 1 else Path(target.parts[0])
-    return top / PARTIAL / "-".join(target.parts[-3:])
+@contextmanager
+def _bench(target: Path, partial: Path | None) -> Iterator[Path]:
+    """The path to write at: `partial`, or one that this process alone has."""
+    if partial:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        return
+    bench = bench_of(target)
+    with at_work(bench, target):
+        yield bench / WORK
+
+
+@contextmanager
+def _disk(target: Path) -> Iterator[None]:
+    """Name the file that could not be written, where the system's error does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
 
 
 def _remove(path: Path) -> None:
-    if path.exists():
+    if path.is_dir():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -73,9 +73,14 @@ Head = TeacherHead | NoHead
 
 
 def write_head(folder: Path, model: ModelIdentity, head: TeacherHead) -> None:
-    """Write a teacher's norm and head into an empty `folder`."""
+    """Write a teacher's norm and head into an empty `folder`; UserError where they are not all finite numbers."""
     path = folder / HEAD_FILE
     tensors = {"norm.weight": head.norm, "head.weight": head.weight}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{model.name}: {name} is not all finite numbers; mend the weights, or set a wider `teacher.dtype`"
+            )
     pieces = (piece for tensor in tensors.values() for piece in tensor.split(HEAD_ROWS))
     write_tensors(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, pieces)
     vocabulary_size, hidden_size = head.weight.shape

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -33,6 +36,20 @@ def write_tensors(
         raise ValueError(f"{path}: {written} bytes where the shapes need {size}")
 
 
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Bring back the system's error, such as a full disk, out of what safetensors' own writer makes of it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"code: (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements of a tensor as bytes, in row-major order."""
     import torch
@@ -44,7 +61,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 def _header(shapes: Shapes, metadata: Mapping[str, str] | None) -> tuple[bytes, int]:
     import torch
 
-    names = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+    names = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8"}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in shapes.items():

@@ -113,12 +113,11 @@ class StoreWriter:
             self._writing.popleft().result()
         if self._pending:
             path = shard_file(self._folder, self._kind, self._shard)
-            self._writing.append(self._threads.submit(self._write_and_read_back, path, self._shard, self._pending))
+            self._writing.append(self._threads.submit(self._write, path, self._shard, self._pending))
             self._pending = []
 
-    def _write_and_read_back(self, path: Path, number: int, pending: list[tuple[Reading, torch.Tensor]]) -> None:
-        write_shard(path, self._kind, number, pending)
-        self._read_back[path] = read_back(path)
+    def _write(self, path: Path, number: int, pending: list[tuple[Reading, torch.Tensor]]) -> None:
+        self._read_back[path] = write_shard(path, self._kind, number, pending)
 
     def _written(self) -> Iterator[Path]:
         for number in range(len(list(self._folder.glob(f"{self._kind}-*.safetensors")))):

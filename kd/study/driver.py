@@ -6,7 +6,6 @@ the same command. Every task is a process of its own that runs `kd` commands; wh
 
 from __future__ import annotations
 
-import json
 import lzma
 import os
 import platform
@@ -23,7 +22,7 @@ from typing import Any
 from kd.config import Config
 from kd.data.rows import read_examples
 from kd.errors import UserError
-from kd.io.files import read_json, sha256, whole_file, whole_folder, write_text, write_whole_file
+from kd.io.files import as_json, read_json, sha256, whole_folder, write_whole_file
 from kd.io.progress import progress
 from kd.machine.probe import Gpu, read_driver, read_gpus
 from kd.scoring.extract import extract
@@ -54,8 +53,8 @@ def at_work(folder: Path, work: Path | None, gsm8k: Path | None) -> Iterator[Pla
     with chdir(work):
         try:
             yield plan
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("what is done is kept, and the same command goes on from there") from None
+        except KeyboardInterrupt as stop:
+            raise type(stop)("what is done is kept, and the same command goes on from there") from None
 
 
 def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
@@ -67,7 +66,7 @@ def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
     running: dict[str, tuple[subprocess.Popen[bytes], str | None]] = {}  # with its GPU
     found = read_gpus()
     if tasks:
-        write_whole_file(MACHINE, json.dumps(_machine(found), indent=1) + "\n")
+        write_whole_file(MACHINE, as_json(_machine(found)))
     gpus = _visible_gpus(len(found))
     jobs = jobs or JOBS * len(gpus) or 1
     deadline = time.monotonic() + 60 * (minutes or float("inf"))
@@ -110,9 +109,7 @@ def do(plan: Plan, name: str, kd: Callable[[list[str]], int]) -> int:
             continue
         match step.command:
             case ["record", experiment]:
-                write_whole_file(
-                    step.made, json.dumps(record(config, plan.run(task.arm, experiment), plan.name), indent=1) + "\n"
-                )
+                write_whole_file(step.made, as_json(record(config, plan.run(task.arm, experiment), plan.name)))
             case ["cohort", name]:
                 from kd.distill.cohort import train_cohort
 
@@ -206,11 +203,11 @@ def results(plan: Plan) -> None:
     }
     document["summary"] = summarise(document)
     check_study(document, folder / RESULTS)
-    _write(folder / RESULTS, json.dumps(document, indent=1) + "\n")
+    write_whole_file(folder / RESULTS, as_json(document))
     readme = folder / README
     if readme.exists():
-        _write(readme, with_tables(readme.read_text(encoding="utf-8"), read_study(folder / RESULTS)))
-    with whole_folder(folder / LOGS, folder / f".{LOGS}.part") as logs:
+        write_whole_file(readme, with_tables(readme.read_text(encoding="utf-8"), read_study(folder / RESULTS)))
+    with whole_folder(folder / LOGS) as logs:
         for run in progress(runs, "compress", "log"):
             log = run.arm.at("logs", f"{run.experiment}.csv").read_bytes()
             (logs / f"{run.arm.profile}-{run.experiment}.csv.xz").write_bytes(lzma.compress(log, preset=9))
@@ -244,7 +241,6 @@ def _start(plan: Plan, task: Task, gpu: str | None) -> subprocess.Popen[bytes]:
 @contextmanager
 def _ended_with_us(running: dict[str, tuple[subprocess.Popen[bytes], str | None]]) -> Iterator[None]:
     """Whatever ends the block, nothing is left running; what was unfinished goes on next time."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
@@ -252,11 +248,6 @@ def _ended_with_us(running: dict[str, tuple[subprocess.Popen[bytes], str | None]
             os.killpg(process.pid, signal.SIGTERM)
         for process, _ in running.values():
             process.wait()
-
-
-def _write(path: Path, text: str) -> None:
-    with whole_file(path, path.with_name(f".{path.name}.part")) as work:
-        write_text(work, text)
 
 
 def _last_words(name: str) -> str:

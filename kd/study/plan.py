@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from kd.config import Config, Params, choose, load_config, read_mapping, validated
+from kd.config import Config, Params, Seed, choose, load_config, read_mapping, validated
 from kd.errors import UserError
 from kd.io.files import read_json, whole_file, write_text
 from kd.study.results import References
@@ -68,7 +68,7 @@ class Study(Params):
 
     study: str
     question: str
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     search: dict[str, Any]
     teachers: dict[str, Teacher]
     untrained: dict[str, Untrained]

@@ -7,8 +7,7 @@ processes do a part of the shards each, and either way the finished store has th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from kd.errors import UserError, WorkFailedError
 from kd.io.distributed import take_gpus, this_process, wait_for_others
 from kd.io.files import put_in_place, remove_stale, unfinished_folder, whole_folder
 from kd.io.progress import progress
+from kd.io.stopping import what_is_kept
 from kd.models.load import load_tokenizer, model_folder, vocabulary_sha256
 from kd.paper import PROMPTS
 from kd.protocol.reading import has_bos, readings
@@ -40,8 +40,8 @@ def keep_head(config: Config) -> None:
         write_head(work, backends.identity(config.teacher), teacher.head())
 
 
-def capture(config: Config, prompt: str) -> None:
-    """Write the store of one prompt: the teacher's states for every training question.
+def capture(config: Config, prompt: str) -> bool:
+    """Write the store of one prompt: the teacher's states for every training question; returns whether it had to.
 
     A store that is there and right (kd/fingerprint.py) is left alone, and an unfinished one gone on with, if all that
     shapes it is what it was begun with.
@@ -55,21 +55,22 @@ def capture(config: Config, prompt: str) -> None:
     key = capture_key(config, prompt)
     if _is_right(config, prompt, tokenizer, examples, key):
         print(f"{target}: is there and right; remove it to capture it again", file=sys.stderr)
-        return
+        return False
     wanted = readings(config.distill, prompt, tokenizer, examples)
     about = (backends.identity(config.teacher), prompt_record(prompt), tokenization(tokenizer, config.distill))
-    work = unfinished_folder(target, key)
-    writer = StoreWriter(work, *about, key=key, batch_rows=config.teacher.batch_rows)
-    shards = range(ceil(len(wanted) / writer.shard_examples))
-    with _tells_what_is_kept(work, writer, shards):
-        _capture_missing(config, prompt, wanted, writer, process.part(len(shards)))
-        if process.rank == 0:
-            remove_stale(target, key)
-            wait_for_others(lambda: len(missing(writer, shards)), f"teacher, {prompt}, waiting for other processes")
-            manifest = writer.finish(head_sha256)
-            if [example.reading for example in manifest.examples] != wanted:
-                raise WorkFailedError(f"{work}: not every question is there once; remove the folder and capture again")
-            put_in_place(work, target)
+    with unfinished_folder(target, key, process) as work:
+        writer = StoreWriter(work, *about, key=key, batch_rows=config.teacher.batch_rows)
+        shards = range(ceil(len(wanted) / writer.shard_examples))
+        with what_is_kept(work, partial(_kept, writer, shards, work)):
+            _capture_missing(config, prompt, wanted, writer, process.part(len(shards)))
+            if process.rank == 0:
+                remove_stale(work)
+                wait_for_others(lambda: len(missing(writer, shards)), f"teacher, {prompt}, waiting for other processes")
+                manifest = writer.finish(head_sha256)
+                if [example.reading for example in manifest.examples] != wanted:
+                    raise WorkFailedError(f"{work}: not every question is there once; remove it and capture again")
+                put_in_place(work, target)
+    return True
 
 
 def capture_key(config: Config, prompt: str) -> str:
@@ -180,18 +181,8 @@ def _is_right(config: Config, prompt: str, tokenizer: Any, examples: list[Exampl
     return opened.manifest.key == key
 
 
-@contextmanager
-def _tells_what_is_kept(work: Path, writer: StoreWriter, shards: range) -> Iterator[None]:
-    """Let whoever stops the work, or learns that it failed, know what the next run starts with."""
-
-    def kept() -> str:
-        writer.settle()
-        there = len(shards) - len(missing(writer, shards))
-        return f"{there} of {len(shards)} shards are kept in {work}; the same command goes on from there"
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept()) from None
-    except (OSError, RuntimeError) as error:  # a full disk, a failing GPU
-        raise WorkFailedError(f"{' '.join(str(error).split())}; {kept()}") from error
+def _kept(writer: StoreWriter, shards: range, work: Path) -> str:
+    """What the next run starts with."""
+    writer.settle()
+    there = len(shards) - len(missing(writer, shards))
+    return f"{there} of {len(shards)} shards are kept in {work}; the same command goes on from there"

@@ -36,7 +36,7 @@ def export_logits(folder: Path, file: Path) -> None:
     width = opened.head.vocabulary_size
     shapes = {name: (torch.float16, (1, examples[name].rows, width)) for name in names}
     logits = (opened.logits(examples[name].id).half() for name in progress(names, f"export to {file.name}", "question"))
-    with whole_file(file, file.with_name(f"{file.name}.part")) as work:
+    with whole_file(file) as work:
         write_tensors(work, shapes, logits)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from asking import answers, rows_of
+from commands import unfinished
 
 from kd.assess.decode import NAN_TOKEN, Row
 from kd.assess.journal import Journal
@@ -58,7 +59,7 @@ def asked(capsys: pytest.CaptureFixture[str]) -> int:
 
 
 def journals() -> list[Path]:
-    return sorted(Path("artifacts/.partial").glob("mini-logs-no-distillation.csv-*/*.jsonl"))
+    return sorted(Path("artifacts/mini/logs/.partial/no-distillation.csv").glob("*/*.jsonl"))
 
 
 def test_killed_anywhere_the_next_run_does_what_is_missing(
@@ -83,7 +84,7 @@ def test_killed_anywhere_the_next_run_does_what_is_missing(
     assert main(["assess", "no-distillation"]) == 0
     assert asked(capsys) == 24 - kept
     assert LOG.read_bytes() == expected
-    assert not any(Path("artifacts/.partial").iterdir())
+    assert not unfinished()
 
 
 def test_every_prefix_of_the_work_leads_to_the_same_log(
@@ -119,7 +120,7 @@ def test_a_changed_setting_does_not_go_on_with_old_rows(
     capsys.readouterr()
     assert main(["assess", "no-distillation"]) == 0
     assert asked(capsys) == 6
-    assert not any(Path("artifacts/.partial").iterdir())
+    assert not unfinished()
 
 
 def test_several_processes_write_the_log_of_one(

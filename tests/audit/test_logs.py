@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from commands import unfinished
 from conftest import REPOSITORY, environment
 
 from kd.audit import logs
@@ -101,7 +102,7 @@ def test_what_is_not_whole_and_right_is_not_taken(
     assert main(["data", "fetch", "--source", server.url]) == 1
     assert "base-KD.csv" in capsys.readouterr().err
     assert there() == {name: body for name, body in server.files.items() if name != "base-KD.csv"}
-    assert not any(Path("data/.partial").iterdir())
+    assert not unfinished(Path("data"))
     server.reply = whole
     assert main(["data", "fetch", "--source", server.url]) == 0
     assert there() == server.files

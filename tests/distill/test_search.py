@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+from commands import unfinished
 
 from kd.cli import main
 
@@ -130,7 +131,7 @@ def test_two_processes_at_once_share_a_study_and_leave_one_whole_result(
         "best.json",
         *(f"{name}.png" for name in ("contour", "edf", "optimization_history", "slice")),
     ]
-    assert not list(Path("artifacts/.partial").iterdir())
+    assert not unfinished()
 
 
 def test_unusable_searches_exit_2(

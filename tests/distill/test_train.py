@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import unfinished
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -186,7 +187,7 @@ def test_diverging_run_stops_with_step_example_and_checkpoint_and_leaves_no_adap
     error = capsys.readouterr().err
     assert "kd: step 2 (train-00002): the loss became nan" in error
     assert re.search(
-        r"the last good checkpoint is artifacts/\.partial/mini-adapters-teacher-kd-[0-9a-f]{16}/checkpoints/00000001",
+        r"the last good checkpoint is artifacts/mini/adapters/\.partial/teacher-kd/[0-9a-f]{16}/checkpoints/00000001",
         error,
     )
     assert "lower `distill.learning_rate`" in error
@@ -239,11 +240,11 @@ def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
     shutil.rmtree(ADAPTER)
     done = subprocess.run([sys.executable, "-c", KILL], capture_output=True, text=True)
     assert done.stdout.split("\n") == ["Record 9 False", "write_json 9 False", "save_adapter 9 False", ""], done.stderr
-    (work,) = Path("artifacts/.partial").iterdir()
+    (work,) = Path("artifacts/mini/adapters/.partial/teacher-kd").glob("?" * 16)
     assert [path.name for path in (work / "checkpoints").iterdir()] == ["00000024"]
     assert main(["train", "teacher-kd"]) == 0
     assert {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()} == before
-    assert not list(Path("artifacts/.partial").iterdir())
+    assert not unfinished()
 
 
 def test_vocabulary_of_teacher_and_student_must_be_one(

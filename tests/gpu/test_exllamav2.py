@@ -96,7 +96,7 @@ def test_a_killed_capture_goes_on_and_ends_in_the_same_bytes() -> None:
     expected = {path.name: path.read_bytes() for path in STORE.iterdir()}
     STORE.rename("one")
     process = begin("teacher", "teacher")
-    while not list(Path("artifacts/.partial").glob("*/states-*.safetensors")):
+    while not list(Path("artifacts").glob("mini/teacher/.partial/*/*/states-*.safetensors")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.001)
     process.kill()

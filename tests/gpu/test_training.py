@@ -137,8 +137,8 @@ def test_kd_train_writes_the_same_bytes_twice_and_behind_a_kill(
     whole = contents(ADAPTER)
     shutil.rmtree(ADAPTER)
     process = begin("train", "teacher-kd")
-    partial = Path("artifacts/.partial")
-    while not (found := list(partial.glob("*/checkpoints/0*"))):
+    partial = Path("artifacts/mini/adapters/.partial")
+    while not (found := list(partial.glob("*/*/checkpoints/0*"))):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -172,7 +172,7 @@ def test_memory_that_runs_out_is_said_with_the_last_checkpoint(
     assert error.startswith("kd: train, teacher-kd: the GPU's memory ran out (")
     assert "more asked for, " in error
     assert "lower `distill.batch_rows` (2) or `distill.max_tokens` (256)" in error
-    assert "the same command goes on from artifacts/.partial/mini-adapters-teacher-kd-" in error
+    assert "the same command goes on from artifacts/mini/adapters/.partial/teacher-kd/" in error
     assert error.endswith("/checkpoints/00000005")
     torch.cuda.set_per_process_memory_fraction(1.0)
     monkeypatch.setattr(checkpoint, "save", save)

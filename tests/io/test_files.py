@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from commands import unfinished
 
 from kd.io.files import resumable_folder, whole_file, whole_folder, write_text, write_whole_file
 
@@ -24,7 +25,7 @@ def test_folder_appears_when_it_is_whole() -> None:
         write_text(work / "a", "one")
         assert not target.exists()
     assert (target / "a").read_text() == "one"
-    assert not list(Path("artifacts/.partial").iterdir())
+    assert not unfinished()
 
 
 def test_failure_keeps_the_earlier_folder() -> None:
@@ -70,8 +71,8 @@ def test_whole_file_is_replaced_in_one_move() -> None:
 @pytest.mark.parametrize(
     ("target", "partial"),
     [
-        (Path("artifacts/mini/teacher/base"), Path("artifacts/.partial/mini-teacher-base")),
-        (Path("table.csv"), Path(".partial/table.csv")),
+        (Path("artifacts/mini/teacher/base"), Path("artifacts/mini/teacher/.partial/base/work")),
+        (Path("table.csv"), Path(".partial/table.csv/work")),
     ],
 )
 def test_work_lies_on_the_file_system_of_its_target(target: Path, partial: Path, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_work_lies_on_the_file_system_of_its_target(target: Path, partial: Path,
         assert work == partial
     with whole_file(tmp_path / "elsewhere" / target) as work:
         write_text(work, "x")
-        assert work.parent == (tmp_path / "elsewhere" / target).parent / ".partial"
+        assert work == tmp_path / "elsewhere" / partial
 
 
 def interrupted(target: Path, key: str, name: str) -> Path:

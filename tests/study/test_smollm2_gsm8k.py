@@ -118,7 +118,7 @@ def test_the_driver_stops_when_told_goes_on_and_ends_in_results(small: list[str]
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
     _, said = first.communicate(timeout=60)
-    assert first.returncode == 130
+    assert first.returncode == 143
     assert "the same command goes on" in said
     captured = teacher.stat().st_mtime_ns
 

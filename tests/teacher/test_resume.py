@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo  # which the first forward imports: before the forks, not in each of them
+from commands import unfinished
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401  (likewise)
 
 from kd.cli import main
@@ -28,7 +29,7 @@ from kd.store.writer import StoreWriter
 from kd.teacher.backends.transformers import TransformersTeacher
 
 STORE = Path("artifacts/mini/teacher/base")
-PARTIAL = Path("artifacts/.partial")
+PARTIAL = Path("artifacts/mini/teacher/.partial/base")
 KILLS = 20
 
 
@@ -105,7 +106,7 @@ def kill_at_random_points() -> None:
             status = os.waitpid(child, 0)[1]
             kills += os.WIFSIGNALED(status)
         assert captured() == expected
-        assert not list(PARTIAL.iterdir())
+        assert not unfinished()
         shutil.rmtree(STORE)
     assert resumed > 2  # or nothing was ever left to go on with
 
@@ -117,7 +118,7 @@ def capture_with_two_processes() -> None:
     assert captured() == expected
     late = fork_capture(SLURM_PROCID="1", SLURM_NTASKS="2")  # its part is done and in place
     assert os.waitpid(late, 0)[1] == 0
-    assert not list(PARTIAL.iterdir())
+    assert not unfinished()
 
 
 @pytest.mark.usefixtures("on_cpu", "ready")  # the kills are spread over a time of which a GPU spends all in starting
@@ -145,14 +146,14 @@ def interrupt(*_: object) -> None:
 @pytest.mark.parametrize(
     ("owner", "method", "failure", "status", "message"),
     [
-        (shards, "write_tensors", no_space, 1, "No space left on device; 3 of 7 shards are kept in"),
+        (shards, "write_tensors", no_space, 1, "No space left on device; make room on that disk; 3 of 7 shards are kept in"),
         (TransformersTeacher, "states", gpu_fault, 1, "CUDA error: unspecified launch failure For debugging consider"),
         (
             TransformersTeacher,
             "states",
             interrupt,
             130,
-            "interrupted; 3 of 7 shards are kept in artifacts/.partial/mini-teacher",
+            "interrupted; 3 of 7 shards are kept in artifacts/mini/teacher/.partial/base/",
         ),
     ],
 )
@@ -187,7 +188,7 @@ def test_a_failure_says_what_is_kept_and_the_same_command_goes_on(
     assert main(["teacher", "base"]) == 0
     assert captured() == expected
     assert {name: (STORE / name).stat().st_mtime_ns for name in kept} == kept  # not captured again
-    assert not list(PARTIAL.iterdir())
+    assert not unfinished()
 
 
 def test_what_was_begun_with_other_params_is_not_gone_on_with(
@@ -204,7 +205,7 @@ def test_what_was_begun_with_other_params_is_not_gone_on_with(
     write_params(ready)
     assert main(["teacher", "base"]) == 0
     assert captured() == expected
-    assert not list(PARTIAL.iterdir())
+    assert not unfinished()
     write_params(ready | {"teacher": ready["teacher"] | {"batch_rows": 2}})
     assert main(["teacher", "base"]) == 0
     assert TeacherStore(STORE).manifest.batch_rows == 2

@@ -1,0 +1,69 @@
+"""Work that is stopped or fails in the middle: by Ctrl-C, by a scheduler, by a full disk or a failing GPU."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from kd.errors import WorkFailedError
+from kd.io.files import full_disk
+
+# What torch, CUDA and exllamav2 say where the device is at fault and not the program.
+DEVICE = re.compile(r"CUDA|out of memory|can't allocate memory|Insufficient VRAM|cuBLAS|CUBLAS|NCCL")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers and `kill` send: an end as by Ctrl-C."""
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """Raise `Terminated` in the main thread where SIGTERM comes, so that what is unfinished is left in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_: int, __: FrameType | None) -> None:
+        raise Terminated
+
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+@contextmanager
+def what_is_kept(folder: Path, kept: Callable[[], str]) -> Iterator[None]:
+    """Let whoever stops the work in `folder`, or learns that its disk or the device failed, know what the next run
+    starts with."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise type(stop)(kept()) from None
+    except OSError as error:
+        raise WorkFailedError(f"{system_error(error, folder)}; {kept()}") from error
+    except RuntimeError as error:
+        if not device_failed(error):
+            raise
+        raise WorkFailedError(f"{' '.join(str(error).split())}; {kept()}") from error
+
+
+def device_failed(error: RuntimeError) -> bool:
+    """Whether the device is at fault and not the program."""
+    return bool(DEVICE.search(str(error)))
+
+
+def system_error(error: OSError, folder: Path | None = None) -> str:
+    """An error of the operating system as one sentence: where (at least in which folder), what, and what to do if the
+    disk is full."""
+    if error.errno is None or error.strerror is None:
+        return " ".join(str(error).split())
+    where = error.filename or folder
+    said = f"{where}: {error.strerror}" if where else error.strerror
+    return f"{said}; make room on that disk" if full_disk(error) else said

@@ -1,0 +1,61 @@
+"""Where and when a result was made: beside the results, under artifacts/<profile>/runs/, and in no checksum, so that
+the same params still give the same bytes on another machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from kd.config import Config
+from kd.fingerprint import versions
+from kd.io.distributed import this_process
+from kd.io.files import as_json, write_whole_file
+from kd.machine.probe import read_driver, read_gpus
+
+FOLDER = "runs"
+LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "exllamav2", "safetensors", "optuna")
+
+
+def write_record(config: Config, name: str, began: datetime) -> None:
+    """Say where, when and by which code the result `name` (such as train/base-kd) was made, by a command that ends now.
+
+    Of several processes each says it for itself, the others than the first with their rank behind the name.
+    """
+    rank = this_process().rank
+    file = config.artifacts / FOLDER / f"{name}{f'.{rank}' if rank else ''}.json"
+    write_whole_file(file, as_json(_record(began)))
+
+
+def _record(began: datetime) -> dict[str, Any]:
+    ended = datetime.now().astimezone()
+    gpus = [gpu.name for gpu in read_gpus()] if "torch" in sys.modules else []  # what did without torch used none
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "began": began.isoformat(timespec="seconds"),
+        "ended": ended.isoformat(timespec="seconds"),
+        "seconds": round((ended - began).total_seconds(), 1),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "driver": read_driver() if gpus else None,
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": bool(_git("status", "--porcelain", "--", "kd")),
+        "versions": {"python": platform.python_version()} | versions(LIBRARIES),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What Git says of the checkout that the code lies in; None where there is none."""
+    code = Path(__file__).resolve().parents[2]
+    try:
+        found = subprocess.run(["git", "-C", str(code), *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
