@@ -224,8 +224,8 @@ def begin(members: list[Member], matches: list[list[Match]]) -> tuple[Any, Cohor
 def descend(
     members: list[Member], matches: list[list[Match]], step: EagerStep | GraphStep, done: int = 0
 ) -> Iterator[Record]:
-    """Train from update `done` on; each record's rate is the mean over the students, and its losses over those that have
-    not diverged."""
+    """Train from update `done` on; each record's rate is the mean over the students, its losses that over those that
+    have not diverged."""
     settings = [member.settings for member in members]
     steps = step_count(matches[0], settings[0])
     rates = torch.tensor([[[learning_rate(i, one)] for one in settings] for i in range(steps)])

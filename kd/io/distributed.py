@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kd.errors import UserError, WorkFailedError
-from kd.io.progress import progress
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
@@ -96,6 +95,8 @@ def wait_for_others(left: Callable[[], int], what: str, unit: str = "shard") -> 
 
     WorkFailedError where none has come for half an hour.
     """
+    from kd.io.progress import progress
+
     owed, since = left(), time.monotonic()
     if not owed:
         return

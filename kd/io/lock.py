@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from kd.errors import WorkFailedError
+from kd.errors import UserError, WorkFailedError
 from kd.io.distributed import ALONE, Process
 
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some network file systems
@@ -59,6 +59,11 @@ def _take(path: Path) -> int | None:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # whoever was here has just removed the folder
             continue
+        except (FileExistsError, NotADirectoryError):
+            for file in path.parents:
+                if file.exists() and not file.is_dir():
+                    raise UserError(f"{file}: a file is where a folder should be; move it away") from None
+            continue  # a folder that was there a moment ago
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -146,7 +146,13 @@ def interrupt(*_: object) -> None:
 @pytest.mark.parametrize(
     ("owner", "method", "failure", "status", "message"),
     [
-        (shards, "write_tensors", no_space, 1, "No space left on device; make room on that disk; 3 of 7 shards are kept in"),
+        (
+            shards,
+            "write_tensors",
+            no_space,
+            1,
+            "No space left on device; make room on that disk; 3 of 7 shards are kept in",
+        ),
         (TransformersTeacher, "states", gpu_fault, 1, "CUDA error: unspecified launch failure For debugging consider"),
         (
             TransformersTeacher,
