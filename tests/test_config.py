@@ -56,6 +56,17 @@ def test_paper_profile_states_the_published_protocol() -> None:
         ("rank: 4", "rank: four", "distill.lora.rank: expected a valid integer, found 'four'"),
         ("seed: 1", "sede: 1", "did you mean 'seed'?"),
         ("dropout: 0.2", "dropout: 1.2", "adapters.base-kd.dropout: expected less than 1, found 1.2"),
+        (
+            "temperature: [1.0, 10.0]",
+            "temperature: [1.0, .inf]",
+            "search.temperature.1: expected a finite number, found inf",
+        ),
+        ("dropout: 0.2", "dropout: .nan", "adapters.base-kd.dropout: expected a finite number, found nan"),
+        (
+            "seed: 1",
+            "seed: 18446744073709551616",
+            "seed: expected less than 18446744073709551616, found 18446744073709",
+        ),
         ("epochs: 2", "epochs: true", "distill.epochs: expected a valid integer, found True"),
         ("[base,", "[bsae,", "prompts.0: unknown prompt 'bsae', expected one of base, teacher, ground-truth"),
         ("[base,", "[teacher,", "prompts: a prompt stands twice"),

@@ -171,3 +171,15 @@ def test_trials_trained_together_are_trials(
     alone = json.loads(capsys.readouterr().out)
     assert together["cross_entropy"] == pytest.approx(alone["cross_entropy"], rel=1e-3)
     assert (together["alpha"], together["temperature"]) == (alone["alpha"], alone["temperature"])
+
+
+@pytest.mark.parametrize("seed", [20241221, 2**64 - 1])
+def test_any_seed_that_params_take_is_taken_by_the_samplers(
+    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], seed: int
+) -> None:
+    ready["seed"] = seed
+    ready["search"] |= {"trials": 1}
+    ready["distill"]["epochs"] = 1
+    write_params(ready)
+    assert main(["search", "teacher-kd"]) == 0
+    assert len(trials()) == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import unfinished
+from commands import contents, unfinished
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -244,6 +244,61 @@ def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
     assert [path.name for path in (work / "checkpoints").iterdir()] == ["00000024"]
     assert main(["train", "teacher-kd"]) == 0
     assert {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()} == before
+    assert not unfinished()
+
+
+# Runs `kd train` in forked children: ended by a signal behind the eighth update, and by a limit to the size of files,
+# as a full disk ends a write, while a checkpoint and while the adapter is made. What each says is in a file of its own.
+STOPPED = """if True:
+    import os, resource, signal
+    import dvclive, peft, transformers
+    from kd.cli import main
+    from kd.distill import checkpoint, train
+
+    def terminated(*values):
+        if values[0] == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def full(*_):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    for module, name, happens in (
+        (train, "Record", terminated), (checkpoint, "write_tensors", full), (train, "save_adapter", full)
+    ):
+        child = os.fork()
+        if child == 0:
+            said = os.open(name, os.O_WRONLY | os.O_CREAT)
+            os.dup2(said, 2)
+            original = getattr(module, name)
+            setattr(module, name, lambda *values: (happens(*values), original(*values))[1])
+            os._exit(main(["train", "teacher-kd"]))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_signal_and_a_full_disk_end_with_what_is_kept(
+    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+) -> None:
+    ready["distill"]["checkpoint_every"] = 5
+    write_params(ready)
+    assert main(["train", "teacher-kd"]) == 0
+    expected = contents(ADAPTER)
+    shutil.rmtree(ADAPTER)
+    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True)
+    assert done.stdout.split() == ["143", "1", "1"], done.stderr
+    work = r"artifacts/mini/adapters/\.partial/teacher-kd/[0-9a-f]{16}"
+    full = rf"kd: {work}\S*: File too large; make room on that disk; the same command goes on from {work}/checkpoints/0"
+    for name, said in (
+        ("Record", rf"kd: terminated; the same command goes on from {work}/checkpoints/00000005\n"),
+        ("write_tensors", rf"{full}0000005\n"),
+        ("save_adapter", rf"{full}0000024\n"),
+    ):
+        assert re.search(rf"^{said}\Z", Path(name).read_text(), re.MULTILINE), Path(name).read_text()
+        assert "Traceback" not in Path(name).read_text()
+    assert not ADAPTER.exists()
+    assert main(["train", "teacher-kd"]) == 0
+    assert contents(ADAPTER) == expected
     assert not unfinished()
 
 

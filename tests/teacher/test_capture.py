@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -265,3 +266,51 @@ def test_exllamav2_without_a_gpu_is_refused_with_what_to_do(
     monkeypatch.setitem(sys.modules, "exllamav2", None)
     assert main(["head"]) == 2
     assert "exllamav2 does not import" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (1e6, r"are as large as \S+, where a store holds float16, up to 65504; choose another `teacher.model`"),
+        (float("nan"), r"are not all numbers; look at its weights, or set a wider `teacher.dtype`"),
+    ],
+)
+def test_states_that_float16_does_not_hold_are_refused_and_their_question_is_named(
+    tiny_params: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    scale: float,
+    message: str,
+) -> None:
+    model = load_model(tiny_llama, "float32", "cpu")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(scale)
+    model.save_pretrained(tmp_path / "large")
+    load_tokenizer(tiny_llama).save_pretrained(tmp_path / "large")
+    tiny_params["teacher"]["model"]["path"] = str(tmp_path / "large")
+    write_params(tiny_params)
+    assert main(["prepare"]) == 0
+    assert main(["head"]) == 0
+    assert main(["teacher", "teacher"]) == 2
+    assert re.search(rf"kd: train-000\d\d: the teacher's states {message}\n", capsys.readouterr().err)
+    assert not STORE.exists()
+
+
+def test_a_head_that_holds_no_numbers_is_refused(
+    tiny_params: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = load_model(tiny_llama, "float32", "cpu")
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    load_tokenizer(tiny_llama).save_pretrained(tmp_path / "nan")
+    tiny_params["teacher"]["model"]["path"] = str(tmp_path / "nan")
+    write_params(tiny_params)
+    assert main(["head"]) == 2
+    assert "nan: head.weight is not all finite numbers; mend the weights" in capsys.readouterr().err

@@ -250,6 +250,28 @@ def test_the_launcher_says_which_process_this_is() -> None:
         this_process({"RANK": "2", "WORLD_SIZE": "2"})
     with pytest.raises(UserError, match="WORLD_SIZE is 'two'"):
         this_process({"RANK": "1", "WORLD_SIZE": "two"})
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        with pytest.raises(UserError, match=f"{name} is set and {other} is not; a launcher sets both"):
+            this_process({name: "1"})
+    script = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}  # srun alone starts four
+    assert this_process(script) == Process(0, 1, 0, 1)
+    assert this_process(script | {"SLURM_STEP_ID": "0"}) == Process(0, 4, 0, 4)
+
+
+@pytest.mark.usefixtures("expected")
+def test_a_shard_is_read_back_before_another_process_can_take_it_for_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process moves the folder once every shard is there, so a shard must not be looked at behind that."""
+    seen = []
+    original = shards.read_back
+
+    def looks(path: Path) -> Any:
+        seen.append(path.suffix)
+        assert not path.with_suffix(".safetensors").exists()
+        return original(path)
+
+    monkeypatch.setattr(shards, "read_back", looks)
+    assert main(["teacher", "base"]) == 0
+    assert seen == [".part"] * 7
 
 
 def test_each_process_takes_its_share_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
