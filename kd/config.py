@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from kd.errors import UserError
+from kd.io.text import read_text, refuse_half_characters
 from kd.paper import PROMPTS
 
 Count = Annotated[int, Field(gt=0)]
@@ -302,11 +303,12 @@ def load_config(path: Path) -> Config:
 def read_mapping(path: Path, mend: str) -> dict[str, Any]:
     """The mapping in a YAML file (YAML 1.2, as DVC reads it); where there is none, a UserError that says how to `mend`
     it."""
+    text = read_text(path, mend)
     try:
-        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {mend}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+        document = YAML(typ="safe", pure=True).load(text)
+        refuse_half_characters(document, str(path))
+    # The library lets through what Python says of a date or a number that cannot be, and of lists within lists.
+    except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a mapping of keys; {mend}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from rows import prepare_tests
 
 from kd.cli import main
 from kd.scoring.log import COLUMNS
@@ -32,6 +33,7 @@ def log(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], No
     tiny_params["dataset"]["test_rows"] = 4
     tiny_params["experiments"] = {"teacher-kd": tiny_params["experiments"]["teacher-kd"]}
     write_params(tiny_params)
+    prepare_tests((f"How many is {i}0?", f"It is.\n#### {i}0") for i in range(1, 5))
     write_log(RESPONSES)
 
 
