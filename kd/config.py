@@ -25,6 +25,8 @@ Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Protocol = Literal["published", "aligned"]
 Quirk = Literal["teacher-order", "label-shift", "bos", "prompt-offset"]
+# What ruamel.yaml lets through of a value that cannot be: the 45th of a month, `!!bool no-bool`, lists a thousand deep.
+PYTHONS = (ValueError, LookupError, ArithmeticError, RecursionError, TypeError, AttributeError, AssertionError)
 Document = TypeVar("Document", bound=BaseModel)
 
 
@@ -306,10 +308,12 @@ def read_mapping(path: Path, mend: str) -> dict[str, Any]:
     text = read_text(path, mend)
     try:
         document = YAML(typ="safe", pure=True).load(text)
-        refuse_half_characters(document, str(path))
-    # The library lets through what Python says of a date or a number that cannot be, and of lists within lists.
-    except (YAMLError, ValueError, RecursionError) as error:
+    except YAMLError as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except PYTHONS as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{path}: not readable as YAML ({why}); mend the value") from None
+    refuse_half_characters(document, str(path))
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a mapping of keys; {mend}")
     return document

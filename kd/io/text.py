@@ -10,6 +10,7 @@ import codecs
 import errno
 import json
 import re
+from collections import deque
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
@@ -55,7 +56,7 @@ def refuse_no_numbers(document: Any, where: str) -> None:
     """A UserError where a number in a document (mappings, lists, values) is none, or infinite."""
     for key, value in _values(document):
         if isinstance(value, float) and not isfinite(value):
-            raise UserError(f"{where}: {key}: expected a finite number, found {value}")
+            raise UserError(f"{_at(where, key)}: expected a finite number, found {value}")
 
 
 def refuse_half_characters(document: Any, where: str) -> None:
@@ -64,7 +65,7 @@ def refuse_half_characters(document: Any, where: str) -> None:
         half = _HALF.search(value) if isinstance(value, str) else None
         if half:
             found = f"\\u{ord(half[0]):04x} is half a character; write the whole character, or leave it out"
-            raise UserError(f"{where}: {key.encode('ascii', 'backslashreplace').decode()}: {found}")
+            raise UserError(f"{_at(where, key)}: {found}")
 
 
 def refuse_folder(path: Path) -> None:
@@ -84,19 +85,25 @@ def _read_bytes(path: Path, mend: str) -> bytes:
         raise
 
 
-def _values(document: Any, key: str = "") -> Iterator[tuple[str, object]]:
-    """The values in a document, and the names of its mappings, each with its dotted key."""
-    match document:
-        case dict():
-            for name, value in document.items():
-                inner = f"{key}.{name}".removeprefix(".")
-                yield inner, name
-                yield from _values(value, inner)
-        case list():
-            for place, value in enumerate(document):
-                yield from _values(value, f"{key}.{place}".removeprefix("."))
-        case _:
-            yield key, document
+def _at(where: str, key: str) -> str:
+    return ": ".join(filter(None, (where, key.encode("utf-8", "backslashreplace").decode())))
+
+
+def _values(document: Any) -> Iterator[tuple[str, object]]:
+    """The values in a document, and the names of its mappings, each with its dotted key. What YAML lets stand in
+    several places, or within itself, is looked at once."""
+    seen: set[int] = set()
+    waiting = deque([("", document)])
+    while waiting:
+        key, value = waiting.popleft()
+        if not isinstance(value, dict | list):
+            yield key, value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                below = f"{key}.{name}".removeprefix(".")
+                yield below, name
+                waiting.append((below, inner))
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
