@@ -83,6 +83,8 @@ def _read_bytes(path: Path, mend: str) -> bytes:
         if error.errno in _UNREADABLE:
             raise UserError(f"{path}: {_UNREADABLE[error.errno]}") from None
         raise
+    except ValueError:  # a NUL, of which no path has one
+        raise UserError(f"{str(path)!r}: no such file; {mend}") from None
 
 
 def _at(where: str, key: str) -> str:

@@ -128,10 +128,10 @@ def read_log(config: Config, experiment: str) -> list[Answered]:
     """The test questions in their order, each with the experiment's row in its log, as the rules alone read it."""
     path, tests = log_file(config, experiment), read_tests(config)
     rows = by_question(path, read_table(path, COLUMNS, f"run `kd assess {experiment}`"), tests)
-    suffix = config.experiments[experiment].suffix
-    longer = [other.suffix.removeprefix(suffix) for other in config.experiments.values() if other.suffix != suffix]
-    foreign = tuple(rest for rest in longer if len(rest.split()) >= SENTENCE)
-    return [_answered(where, row, test, suffix, foreign) for (where, row), test in zip(rows, tests, strict=True)]
+    return [
+        _answered(where, row, test, _written(where, row, test, config, experiment))
+        for (where, row), test in zip(rows, tests, strict=True)
+    ]
 
 
 def by_question(
@@ -199,14 +199,21 @@ def _lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _answered(where: str, row: Mapping[str, str], test: Example, suffix: str, foreign: tuple[str, ...]) -> Answered:
-    """One row; `foreign` are the other experiments' suffixes, behind the own one."""
-    written = _behind(test.question + suffix, row["model_answer"])
-    if written is None or written.startswith(foreign):
+def _written(where: str, row: Mapping[str, str], test: Example, config: Config, experiment: str) -> str:
+    """What the student wrote behind its prompt; a UserError where the row has another experiment's prompt."""
+    own = config.experiments[experiment].suffix
+    suffixes = [other.suffix for other in config.experiments.values() if other.suffix.startswith(own)]
+    longer = tuple(rest for suffix in suffixes if len((rest := suffix.removeprefix(own)).split()) >= SENTENCE)
+    written = _behind(test.question + own, row["model_answer"])
+    if written is None or written.startswith(longer):
         raise UserError(
-            f"{where}: model_answer does not begin with the question and this experiment's suffix, {suffix!r}, alone; "
-            "it is another experiment's row, or params changed: assess again"
+            f"{where}: model_answer does not begin with the question and this experiment's suffix, {own!r}, alone; "
+            f"if the log is this experiment's, params changed since: run `kd assess {experiment}` again"
         )
+    return written
+
+
+def _answered(where: str, row: Mapping[str, str], test: Example, written: str) -> Answered:
     tokens, flag = whole_number(row["model_output_tokens"]), row["model_max_tokens"].strip().lower().removesuffix(".0")
     if tokens is None:
         raise UserError(f"{where}: model_output_tokens is {row['model_output_tokens']!r}, expected a number")
@@ -218,7 +225,7 @@ def _answered(where: str, row: Mapping[str, str], test: Example, suffix: str, fo
         written=written,
         tokens=tokens,
         reached_limit=FLAGS[flag],
-        taken=_taken(where, row["extracted_answer"], row["rule"].strip(), written.strip()),
+        taken=_taken(where, row["extracted_answer"], row["rule"].strip(), written),
         rule=row["rule"].strip(),
     )
 
@@ -231,9 +238,9 @@ def _behind(prompt: str, text: str) -> str | None:
     return text.removeprefix(prompt) if text.startswith(prompt) else None
 
 
-def _taken(where: str, cell: str, rule: str, response: str) -> str | None:
-    """What `rule` took from the response, as the log's cell has it; None where no rule took anything."""
-    (found,) = extract([response])
+def _taken(where: str, cell: str, rule: str, written: str) -> str | None:
+    """What `rule` took from what was written, as the log's cell has it; None where no rule took anything."""
+    (found,) = extract([written])
     answer = from_cell(cell, {found.answer or NO_ANSWER})
     if rule == UNDECIDED:
         if answer != NO_ANSWER:

@@ -103,6 +103,8 @@ def test_every_reader_refuses_what_is_no_text_file_in_a_sentence(kind: str, monk
     assert refused().startswith("given/below: no such file; ")
     path = Path("given" * 100)
     assert ": no such file; " in refused()
+    path = Path("given\0")
+    assert refused().startswith("'given\\x00': no such file; ")
     path = Path("given")
     path.chmod(0)
     if os.access(path, os.R_OK):  # as root

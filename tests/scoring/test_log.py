@@ -191,6 +191,9 @@ REFUSED: dict[str, tuple[Callable[[Rows], object], str]] = {
     ),
     "a limit": (lambda rows: rows[1].update(model_max_tokens="VRAI"), "row 2: model_max_tokens is 'VRAI', expected"),
     "tokens": (lambda rows: rows[1].update(model_output_tokens="1.5"), "row 2: model_output_tokens is '1.5', expected"),
+    "tokens beyond all": (
+        lambda rows: rows[1].update(model_output_tokens="9" * 5000), "row 2: model_output_tokens is '999"
+    ),
     "tokens that may be two": (
         lambda rows: rows[1].update(model_output_tokens="9.000"), "row 2: model_output_tokens is '9.000', expected"
     ),

@@ -16,6 +16,7 @@ PLAIN = re.compile(r"[0-9][0-9]*+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]++)?")
 LATEX = re.compile(r"[0-9][0-9]*+(?:(?:,|\{,\}|\\[,;:! ]|[\u00a0\u2009\u202f])[0-9]{3}(?![0-9]))*(?:\.[0-9]++)?")
 
 GIVEN = re.compile(rf"([{MINUS}]?)\$?([0-9]+(?:,[0-9]{{3}})*(?:\.[0-9]+)?|\.[0-9]+)%?")  # by a person, and nothing else
+WHOLE_DIGITS = 18  # of a count
 # How other countries write it, in terms of the above: "1.234,5", "1 234,5", "1'234,5".
 _ELSEWHERE = str.maketrans(",.\u00a0\u202f'\u2019", ".,,,,,")
 
@@ -84,7 +85,7 @@ def from_cell(cell: str, expected: Container[str] = ()) -> str | None:
 
 def whole_number(cell: str) -> int | None:
     """The whole number from 0 up that a spreadsheet's cell means, as `from_cell`."""
-    found = {number for number in readings(cell) if number.isdecimal()}
+    found = {number for number in readings(cell) if number.isdecimal() and len(number) <= WHOLE_DIGITS}
     return int(found.pop()) if len(found) == 1 else None
 
 
