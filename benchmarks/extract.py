@@ -20,7 +20,7 @@ import pandas as pd
 from result import write_result
 
 from kd.audit.logs import DATA, LOGS
-from kd.io.files import read_table
+from kd.io.table import read_table
 from kd.scoring.extract import extract, without_prompt
 
 ROUNDS = 5

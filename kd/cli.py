@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -24,6 +25,8 @@ PIPELINE = "dvc.yaml"
 # A study's processes: TensorFloat-32 products (bfloat16's speed at float32's range), which torch reads as it is
 # imported, and one thread each.
 STUDY_ENVIRONMENT = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+ESCAPED = "backslashreplace"
 
 EPILOG = """\
 The stages in order, as `dvc repro` runs them:
@@ -55,6 +58,7 @@ Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the process's exit status."""
+    _show_any_text()
     options = parser().parse_args(arguments)
     try:
         with sigterm_stops():
@@ -76,6 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminated = isinstance(stop, Terminated)
         print(f"kd: {'terminated' if terminated else 'interrupted'}; {kept}", file=sys.stderr)
         return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+
+
+def _show_any_text() -> None:
+    """What the terminal's or pipe's encoding does not have is shown, and read, as an escape instead of failing."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != ESCAPED:
+            stream.reconfigure(errors=ESCAPED)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from kd.errors import UserError
+from kd.io.text import read_text, refuse_half_characters
 from kd.paper import PROMPTS
 
 Count = Annotated[int, Field(gt=0)]
@@ -25,6 +26,8 @@ Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Protocol = Literal["published", "aligned"]
 Quirk = Literal["teacher-order", "label-shift", "bos", "prompt-offset"]
+# What ruamel.yaml lets through of a value that cannot be: the 45th of a month, `!!bool no-bool`, lists a thousand deep.
+PYTHONS = (ValueError, LookupError, ArithmeticError, RecursionError, TypeError, AttributeError, AssertionError)
 Document = TypeVar("Document", bound=BaseModel)
 
 
@@ -303,12 +306,15 @@ def load_config(path: Path) -> Config:
 def read_mapping(path: Path, mend: str) -> dict[str, Any]:
     """The mapping in a YAML file (YAML 1.2, as DVC reads it); where there is none, a UserError that says how to `mend`
     it."""
+    text = read_text(path, mend)
     try:
-        document = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {mend}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+        document = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except PYTHONS as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{path}: not readable as YAML ({why}); mend the value") from None
+    refuse_half_characters(document, str(path))
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a mapping of keys; {mend}")
     return document

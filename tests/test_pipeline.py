@@ -165,3 +165,34 @@ def test_other_bytes_in_folders_that_params_name_run_what_reads_them_again(clone
     assert done.returncode != 0
     assert "kd: gsm8k/train.jsonl: no such file; put it there, or name another folder" in done.stderr
     (clone / "params.yaml").write_text(before)
+
+
+@pytest.mark.often
+@pytest.mark.usefixtures("table")
+def test_an_experiment_in_dvcs_queue_runs_its_own_copy_of_the_code(clone: Path) -> None:
+    commit = (
+        "git",
+        "-c",
+        "user.name=t",
+        "-c",
+        "user.email=t@example.org",
+        "commit",
+        "--quiet",
+        "--all",
+        "--message",
+        "ran",
+    )
+    assert run(clone, *commit).returncode == 0
+    with (clone / "kd/data/gsm8k.py").open("a") as file:
+        file.write("\nimport sys\n\nprint('code of', Path.cwd() == Path(__file__).parents[2], file=sys.stderr)\n")
+    change = "experiments.teacher-kd.max_new_tokens=3"
+    assert run(clone, "dvc", "exp", "run", "--queue", "--name", "shorter", "--set-param", change).returncode == 0
+    assert run(clone, "dvc", "queue", "start").returncode == 0
+    deadline = time.monotonic() + 300
+    while not run(clone, "dvc", "exp", "list", "--name-only").stdout.strip() and time.monotonic() < deadline:
+        time.sleep(1)
+    said = run(clone, "dvc", "queue", "logs", "shorter").stdout
+    assert "code of True" in said
+    assert "code of False" not in said
+    # The code of `inputs` and `prepare` is changed, their results are not.
+    assert ran(said) == {"inputs", "prepare", "assess@teacher-kd", "report", "attention"}

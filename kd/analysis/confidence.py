@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 
 def read_answers(config: Config, experiment: str, tokenizer: Any, count: int) -> list[Answer]:
-    """The first `count` responses in an experiment's log.
+    """An experiment's responses to the first `count` test questions.
 
     The log holds text; prompt and response are tokenized apart, as they were when the response was generated. The
     row behind the last token chose the end, unless the limit ended the response: then nothing was chosen there. The
@@ -39,11 +39,10 @@ def read_answers(config: Config, experiment: str, tokenizer: Any, count: int) ->
     suffix = config.experiments[experiment].suffix
     answers = []
     for row in read_log(config, experiment)[:count]:
-        prompt = row["question"] + suffix
-        prompt_ids = student_token_ids(tokenizer, prompt)
-        token_ids = prompt_ids + encode(tokenizer, row["model_answer"].removeprefix(prompt), bos=False)
-        start, at_limit = len(prompt_ids) - 1, row["model_max_tokens"] == "True"
-        answers.append(Answer(token_ids, (start, max(start + 1, len(token_ids) - at_limit))))
+        prompt_ids = student_token_ids(tokenizer, row.question + suffix)
+        token_ids = prompt_ids + encode(tokenizer, row.written, bos=False)
+        start = len(prompt_ids) - 1
+        answers.append(Answer(token_ids, (start, max(start + 1, len(token_ids) - row.reached_limit))))
     return answers
 
 

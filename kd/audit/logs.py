@@ -12,7 +12,8 @@ from pathlib import Path
 from kd.data.rows import final_answer
 from kd.errors import UserError
 from kd.io.download import download
-from kd.io.files import read_table, sha256
+from kd.io.files import sha256
+from kd.io.table import read_table
 from kd.scoring.extract import without_prompt
 from kd.scoring.rules.notebook import spelled
 from kd.scoring.rules.rule import Extraction
@@ -117,9 +118,7 @@ def rows_right(log: Log, automatic: list[Extraction]) -> list[bool]:
 
 
 def _read(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file; `kd data fetch` brings the published logs to data/published")
-    return read_table(path, columns)
+    return read_table(path, columns, "`kd data fetch` brings the published logs to data/published")
 
 
 def _truth(path: Path, number: int, row: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from kd.audit.findings import findings, score
 from kd.audit.logs import LOGS, TRUTH, is_published, read_log, rows_right
 from kd.audit.page import SLOW, prepare, write
+from kd.errors import UserError
 from kd.io.progress import progress
 from kd.scoring.extract import RULE_SETS, extract, extract_one
 from kd.scoring.significance import compare_pairs
@@ -23,6 +24,9 @@ SEED = 1
 def audit(data: Path, folder: Path | None = None) -> dict[str, Any]:
     """Score the logs in the folder `data` again; the document that `kd audit --json` prints. Where a `folder` is
     given, audit.json, audit.txt, charts and the page are written into it."""
+    for given in (data, folder):
+        if given and given.is_file():
+            raise UserError(f"{given}: is a file; name a folder")
     logs = {name: read_log(data, name) for name in LOGS}
     processes = get_context("forkserver")
     processes.set_forkserver_preload(["math_verify"])  # takes seconds to import: once for all of them

@@ -15,6 +15,7 @@ from kd.data import miniature
 from kd.data.rows import Example, final_answer
 from kd.errors import UserError
 from kd.io.files import json_lines, whole_folder, write_text
+from kd.io.text import refuse_half_characters
 
 
 def prepare(dataset: config.Dataset, seed: int, target: Path) -> None:
@@ -59,15 +60,12 @@ def _miniature(dataset: config.MiniatureDataset, seed: int) -> dict[str, list[Ex
 
 
 def _folder_split(folder: Path, split: str, answers: str) -> list[Example]:
-    main = list(_gsm8k_lines(folder / f"{split}.jsonl"))
+    main = list(_gsm8k_lines(folder / f"{split}.jsonl", "put it there, or name another folder in `dataset.path`"))
     if answers == "main":
         return _number(split, ((question, answer, answer) for question, answer in main))
     path = folder / f"{split}_socratic.jsonl"
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file, so there are no socratic answers to train on; set `dataset.answers: main`"
-        )
-    return _number(split, _join(main, list(_gsm8k_lines(path)), str(path)))
+    mend = "it has the socratic answers to train on, or set `dataset.answers: main`"
+    return _number(split, _join(main, list(_gsm8k_lines(path, mend)), str(path)))
 
 
 def _hub_split(dataset: config.HubDataset, split: str) -> list[Example]:
@@ -104,8 +102,8 @@ def _number(split: str, rows: Iterable[tuple[str, str, str]]) -> list[Example]:
     return [Example(f"{split}-{i:05d}", *row) for i, row in enumerate(rows, start=1)]
 
 
-def _gsm8k_lines(path: Path) -> Iterator[tuple[str, str]]:
-    for line, row in json_lines(path):
+def _gsm8k_lines(path: Path, mend: str) -> Iterator[tuple[str, str]]:
+    for line, row in json_lines(path, mend):
         yield _checked(f"{path} line {line}", row)
 
 
@@ -116,6 +114,7 @@ def _checked(where: str, row: object) -> tuple[str, str]:
     for key in ("question", "answer"):
         if not isinstance(row.get(key), str):
             raise UserError(f"{where}: `{key}` is missing or not text")
+        refuse_half_characters({key: row[key]}, where)
     if final_answer(row["answer"]) is None:
         raise UserError(f"{where}: the answer does not end in `#### ` and a number; mend or remove the row")
     return row["question"], row["answer"]

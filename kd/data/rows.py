@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from kd.errors import UserError
 from kd.io.files import json_lines
+from kd.io.text import refuse_half_characters
 
 _FINAL_ANSWER = re.compile(r"#### *(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
 
@@ -26,6 +27,9 @@ class Example:
     target: str
 
 
+KEYS = {field.name for field in fields(Example)}
+
+
 def final_answer(answer: str) -> str | None:
     """The number behind "####", without thousands separators ("70000"); None where there is none."""
     match = _FINAL_ANSWER.search(answer)
@@ -34,13 +38,13 @@ def final_answer(answer: str) -> str | None:
 
 def read_examples(path: Path) -> list[Example]:
     """The rows of a prepared `train.jsonl` or `test.jsonl`, in order."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run `kd prepare`")
-    return [_example(path, line, row) for line, row in json_lines(path)]
+    return [_example(path, line, row) for line, row in json_lines(path, "run `kd prepare`")]
 
 
 def _example(path: Path, line: int, row: object) -> Example:
-    try:
-        return Example(**row)  # type: ignore[arg-type]
-    except TypeError:
-        raise UserError(f"{path} line {line}: not a prepared row; run `kd prepare` again") from None
+    if not isinstance(row, dict) or row.keys() != KEYS or not all(isinstance(row[key], str) for key in KEYS):
+        raise UserError(f"{path} line {line}: not a prepared row; run `kd prepare` again")
+    refuse_half_characters(row, f"{path} line {line}")
+    if final_answer(row["answer"]) is None:
+        raise UserError(f"{path} line {line}: no number behind `####` in its answer; run `kd prepare` again")
+    return Example(**row)

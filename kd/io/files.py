@@ -6,14 +6,12 @@ target, and with a lock that only one process has (kd/io/lock.py). It is gone wh
 
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 from kd.errors import UserError
 from kd.io.distributed import ALONE, Process
 from kd.io.lock import at_work
+from kd.io.text import parse_json, read_text, refuse_folder, refuse_half_characters, refuse_no_numbers
 
 PARTIAL = ".partial"
 WORK = "work"
@@ -95,8 +94,7 @@ def whole_file(target: Path, partial: Path | None = None) -> Iterator[Path]:
 
     `partial` is that path for whoever knows that nobody else writes `target`.
     """
-    if target.is_dir():
-        raise UserError(f"{target}: a folder is there; name a file")
+    refuse_folder(target)
     with _bench(target, partial) as work, _disk(target):
         try:
             yield work
@@ -153,49 +151,27 @@ def as_json(document: Any) -> str:
 
 def read_json(path: Path, what: str) -> Any:
     """The JSON document in `path`; a UserError that calls it `what` where it is missing or broken."""
+    document = load_json(path, what)
+    refuse_no_numbers(document, str(path))
+    refuse_half_characters(document, str(path))
+    return document
+
+
+def load_json(path: Path, what: str) -> Any:
+    """The same with what a caller refuses in its own words: numbers that are none, half characters."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it should hold {what}") from None
+        return parse_json(read_text(path, f"it should hold {what}"))
     except ValueError as error:
         raise UserError(f"{path}: {what} is not readable ({error}); make it again") from None
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """Line numbers (from 1) and values of a JSON lines file; blank lines are passed over."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _parse_line(path, number, line)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a UTF-8 CSV file, which must have `columns`; a UserError names the file and the row at fault."""
-    csv.field_size_limit(sys.maxsize)  # a response may be longer than the default 128 KiB
-    rows: list[dict[str, str]] = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a byte order mark first
-            reader = csv.DictReader(file, strict=True)
-            for column in columns:
-                if column not in (reader.fieldnames or []):
-                    found = ", ".join(reader.fieldnames or []) or "nothing"
-                    raise UserError(f"{path}: no column {column!r}; its first line names {found}")
-            for number, row in enumerate(reader, start=1):
-                if None in row or None in row.values():
-                    raise UserError(f"{path} row {number}: not as many cells as the first line names; mend the row")
-                rows.append(row)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}), somewhere behind row {len(rows)}") from None
-    except csv.Error as error:
-        raise UserError(f"{path} row {len(rows) + 1}: not readable as CSV ({error}); mend the row") from None
-    return rows
+def json_lines(path: Path, mend: str = "name another") -> Iterator[tuple[int, object]]:
+    """Line numbers (from 1) and values of a JSON lines file; blank lines are passed over. A UserError where there is no
+    such file says how to `mend` that. Text in it may hold half a character."""
+    for number, line in enumerate(read_text(path, mend).split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # of a file that was put behind another
+        if line.strip():
+            yield number, _parse_line(path, number, line)
 
 
 def sha256(path: Path) -> str:
@@ -249,7 +225,10 @@ def _sync(path: Path) -> None:
 
 
 def _parse_line(path: Path, number: int, line: str) -> object:
+    where = f"{path} line {number}"
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} line {number}: not JSON ({error}); mend or remove the line") from None
+        value: object = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); mend the line") from None
+    refuse_no_numbers(value, where)
+    return value

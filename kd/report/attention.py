@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from kd.analysis.students import Students, student_names
 from kd.config import Config
 from kd.errors import UserError
 from kd.io.files import whole_folder, write_text
+from kd.io.table import table_text
 from kd.protocol.reading import student_token_ids
 from kd.report import attention_charts as charts
 from kd.report.tables import read_prompts
@@ -29,9 +28,9 @@ def analyse(config: Config) -> dict[str, Measured]:
     measured = measure(config)
     prompts = read_prompts(config)
     with whole_folder(charts.folder(config)) as work:
-        write_text(work / "attention.csv", _csv(layer_rows(measured)))
-        write_text(work / "heads.csv", _csv(head_rows(measured)))
-        write_text(work / "confidence.csv", _csv(confidence_rows(measured)))
+        write_text(work / "attention.csv", table_text(layer_rows(measured)))
+        write_text(work / "heads.csv", table_text(head_rows(measured)))
+        write_text(work / "confidence.csv", table_text(confidence_rows(measured)))
         for i, metric in enumerate(METRICS):
             charts.layer_chart(metric, {name: one.layers[:, i] for name, one in measured.items()}, work)
         charts.layer_chart("similarity", {name: one.similarity for name, one in measured.items()}, work)
@@ -111,9 +110,3 @@ def summary_rows(measured: dict[str, Measured]) -> list[tuple[str, ...]]:
 
 def _number(value: float) -> str:
     return f"{value:.9g}"
-
-
-def _csv(rows: Sequence[tuple[str, ...]]) -> str:
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(rows)
-    return table.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from kd.config import Config
 from kd.data.rows import final_answer
 from kd.io.files import sha256, whole_folder, write_json, write_text
+from kd.io.table import read_table
 from kd.report import charts, tables
 from kd.report.explorer import Question, Responses, pack
 from kd.report.page import Section, folded, page, paragraph, table
@@ -102,10 +102,7 @@ def _loss_curves(config: Config) -> dict[str, list[tuple[int, float]]]:
     for adapter in config.adapters:
         path = config.artifacts / "adapters" / adapter / LOSS
         if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                curves[adapter] = [
-                    (int(row["step"]), float(row["loss"])) for row in csv.DictReader(file, delimiter="\t")
-                ]
+            curves[adapter] = [(int(row["step"]), float(row["loss"])) for row in read_table(path, ("step", "loss"))]
     return curves
 
 

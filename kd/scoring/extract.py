@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import cast
 
 from kd.errors import UserError
-from kd.io.files import json_lines, read_table
+from kd.io.files import json_lines
+from kd.io.table import read_table
 from kd.scoring.rules import harness
 from kd.scoring.rules.documented import documented
 from kd.scoring.rules.math_verify import math_verify

@@ -6,9 +6,7 @@ profile's logs beside it, and is never applied to a response that a new run chan
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd.errors import UserError
-from kd.io.files import read_table, write_whole_file
-from kd.scoring.rules.number import MINUS, canonical, numbers
+from kd.io.files import write_whole_file
+from kd.io.table import read_table, table_text
+from kd.io.text import refuse_folder
+from kd.scoring.rules.number import GIVEN, canonical, from_cell, numbers, whole_number
 
 FOLDER = Path("reviews")
 NO_ANSWER = "-1"  # as in the original's logs
 COLUMNS = ("row", "question", "sha256", "answer")
 SHEET_COLUMNS = ("row", "question", "response", "sha256", "answer")
 
-_GIVEN = re.compile(rf"([{MINUS}]?)\$?([0-9]+(?:,[0-9]{{3}})*(?:\.[0-9]+)?|\.[0-9]+)%?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HELP = "a number, none (the response gives no answer), skip or quit"
 
 
@@ -56,10 +56,22 @@ def read_decisions(path: Path) -> dict[str, dict[str, str]]:
     """The decisions in `path` (none where there is no such file) by checksum, each a row of COLUMNS."""
     if not path.exists():
         return {}
-    rows = read_table(path, COLUMNS)
-    for number, row in enumerate(rows, start=1):
-        row["answer"] = _parse(row["answer"]) or _refuse(path, number, row["answer"])
-    return {row["sha256"]: row for row in rows}
+    decisions: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(read_table(path, COLUMNS), start=1):
+        if not any(row.values()):  # spreadsheets leave such rows at the end
+            continue
+        row["answer"] = _of_cell(row["answer"]) or _refuse(path, number, row["answer"])
+        sha256 = row["sha256"].strip().lower()
+        if not _SHA256.fullmatch(sha256):
+            raise UserError(
+                f"{path} row {number}: sha256 is {row['sha256']!r}, expected 64 hexadecimal digits; undo the change"
+            )
+        if whole_number(row["row"]) is None:
+            raise UserError(f"{path} row {number}: row is {row['row']!r}, expected the number of a test question")
+        if decisions.setdefault(sha256, row)["answer"] != row["answer"]:
+            raise UserError(f"{path} row {number}: another answer to a response that an earlier row decides; keep one")
+        row["row"], row["sha256"] = str(whole_number(row["row"])), sha256
+    return decisions
 
 
 def review(open_rows: Sequence[OpenRow], path: Path) -> None:
@@ -69,7 +81,8 @@ def review(open_rows: Sequence[OpenRow], path: Path) -> None:
     waiting = [row for row in open_rows if row.sha256 not in decisions]
     try:
         for place, row in enumerate(waiting, start=1):
-            print(f"\nRow {row.row} ({place} of {len(waiting)})\n\n{row.question}\n\n{highlighted(row.response)}\n")
+            print(f"\nRow {row.row} ({place} of {len(waiting)})\n")
+            print(f"{_printable(row.question)}\n\n{highlighted(row.response)}\n")
             answer = _ask()
             if answer is not None:
                 _save(path, decisions, [(row, answer)])
@@ -81,11 +94,10 @@ def review(open_rows: Sequence[OpenRow], path: Path) -> None:
 
 def export_sheet(open_rows: Iterable[OpenRow], decisions: Mapping[str, Mapping[str, str]], sheet: Path) -> None:
     """Write the open rows with their responses and the decisions so far, to be filled in with a spreadsheet."""
-    rows = [
-        {**vars(row), "sha256": row.sha256, "answer": decisions.get(row.sha256, {}).get("answer", "")}
-        for row in open_rows
-    ]
-    write_whole_file(sheet, _csv(SHEET_COLUMNS, rows))
+    refuse_folder(sheet)
+    decided = {sha256: decision["answer"] for sha256, decision in decisions.items()}
+    rows = [(row.row, row.question, row.response, row.sha256, decided.get(row.sha256, "")) for row in open_rows]
+    write_whole_file(sheet, table_text([SHEET_COLUMNS, *rows]))
 
 
 def import_sheet(open_rows: Iterable[OpenRow], path: Path, sheet: Path) -> int:
@@ -94,17 +106,19 @@ def import_sheet(open_rows: Iterable[OpenRow], path: Path, sheet: Path) -> int:
     Nothing is taken unless every row of the sheet is one of the open rows and every answer is usable.
     """
     known = {row.sha256: row for row in open_rows}
-    taken = []
+    taken: dict[str, tuple[OpenRow, str]] = {}
     for number, line in enumerate(read_table(sheet, ("sha256", "answer")), start=1):
         if not line["answer"].strip():
             continue
-        if line["sha256"] not in known:
+        row = known.get(line["sha256"].strip().lower())
+        if not row:
             raise UserError(
                 f"{sheet} row {number}: not a response that is open in this log; --export it again and fill that in"
             )
-        answer = _parse(line["answer"]) or _refuse(sheet, number, line["answer"])
-        taken.append((known[line["sha256"]], answer))
-    _save(path, read_decisions(path), taken)
+        answer = _of_cell(line["answer"], row.response) or _refuse(sheet, number, line["answer"])
+        if taken.setdefault(row.sha256, (row, answer)) != (row, answer):
+            raise UserError(f"{sheet} row {number}: another answer to a response that an earlier row decides; keep one")
+    _save(path, read_decisions(path), taken.values())
     return len(taken)
 
 
@@ -142,12 +156,20 @@ def _parse(given: str) -> str | None:
     """An answer in canonical spelling; None where it is neither a number nor `none`."""
     if given.strip().lower() == "none":
         return NO_ANSWER
-    match = _GIVEN.fullmatch(given.strip())
+    match = GIVEN.fullmatch(given.strip())
     return canonical(match[1], match[2]) if match else None
 
 
+def _of_cell(cell: str, response: str = "") -> str | None:
+    """The same of a spreadsheet's cell, which may have changed how a number looks; None also where it may be two
+    numbers, of which not one alone stands in the `response`."""
+    if cell.strip().lower() == "none":
+        return NO_ANSWER
+    return from_cell(cell, {number.answer for number in numbers(response)})
+
+
 def _refuse(path: Path, row: int, answer: str) -> str:
-    raise UserError(f"{path} row {row}: answer is {answer!r}, expected a number or none")
+    raise UserError(f"{path} row {row}: answer is {answer!r}, expected a number or none; write it as in 70000 or 2.5")
 
 
 def _save(path: Path, decisions: dict[str, dict[str, str]], taken: Iterable[tuple[OpenRow, str]]) -> None:
@@ -159,12 +181,4 @@ def _save(path: Path, decisions: dict[str, dict[str, str]], taken: Iterable[tupl
             "answer": answer,
         }
     ordered = sorted(decisions.values(), key=lambda decision: (int(decision["row"]), decision["sha256"]))
-    write_whole_file(path, _csv(COLUMNS, ordered))
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue()
+    write_whole_file(path, table_text([COLUMNS, *([row[column] for column in COLUMNS] for row in ordered)]))

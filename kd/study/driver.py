@@ -49,6 +49,8 @@ def at_work(folder: Path, work: Path | None, gsm8k: Path | None) -> Iterator[Pla
         raise UserError(f"--gsm8k: {gsm8k}: no such folder; name the one that holds train.jsonl and test.jsonl")
     plan = Plan(folder / CONDITIONS, gsm8k)
     work = work or folder / "work"
+    if work.is_file():
+        raise UserError(f"--work: {work}: is a file; name a folder")
     work.mkdir(parents=True, exist_ok=True)
     with chdir(work):
         try:

@@ -17,7 +17,8 @@ from pydantic import Field, FiniteFloat
 
 from kd.config import Count, Name, Params, validated
 from kd.errors import UserError
-from kd.io.files import read_json
+from kd.io.files import load_json
+from kd.io.text import refuse_half_characters, refuse_no_numbers
 from kd.scoring.significance import bootstrap_interval, holm, paired_differences, sign_flip_test, wilson_interval
 
 Student = tuple[str, str]  # condition and experiment; its runs differ in the seed
@@ -278,10 +279,12 @@ def _loss_change(quirk: Mapping[str, float] | None, reference: Mapping[str, floa
 
 def read_study(path: Path) -> dict[str, Any]:
     """A study's results.json, checked."""
-    results = read_json(path, "a study's results")
+    results = load_json(path, "a study's results")
     if not isinstance(results, dict):
         raise UserError(f"{path}: expected a mapping of keys; {FORMAT} shows what belongs there")
     check_study(results, path)
+    refuse_no_numbers(results, str(path))
+    refuse_half_characters(results, str(path))
     return results
 
 

@@ -15,6 +15,7 @@ from kd.data.rows import read_examples
 from kd.errors import UserError
 from kd.io.files import whole_file, whole_folder
 from kd.io.progress import progress
+from kd.io.text import refuse_folder
 from kd.models.load import default_device, load_tokenizer, model_folder
 from kd.protocol.reading import readings
 from kd.store.reader import TeacherStore
@@ -29,6 +30,7 @@ def export_logits(folder: Path, file: Path) -> None:
     """Write the store in `folder` as the notebooks would have: its logits, in the order of safetensors' own writer."""
     import torch
 
+    refuse_folder(file)
     opened = TeacherStore(folder)
     opened.head = opened.head.to(default_device())
     examples = {f"Question {i}": example for i, example in enumerate(opened.manifest.examples, start=1)}
@@ -43,6 +45,7 @@ def export_logits(folder: Path, file: Path) -> None:
 def import_logits(config: Config, file: Path, folder: Path, prompt: str) -> None:
     """Make a store of kind `logits` of the notebooks' `file`, taken to be what the params' teacher said behind `prompt`
     to the prepared training questions; a UserError names the question that does not fit."""
+    refuse_folder(file)
     tokenizer = load_tokenizer(model_folder(config.teacher.model))
     wanted = readings(config.distill, prompt, tokenizer, read_examples(config.artifacts / "data" / "train.jsonl"))
     tensors = _open(file)

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from rows import prepare_tests
 from ruamel.yaml import YAML
 from written import response, word
 
 from kd.cli import main
-from kd.data.rows import Example
 from kd.scoring.log import log_text
 
 pytest.importorskip("playwright", reason="needs playwright, which the image leaves out")
@@ -86,10 +86,11 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     params = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
     params["dataset"]["test_rows"] = ROWS
-    examples = [
-        Example(f"test-{i}", f"How many are {i} and <i>2</i>?", f"They are {i + 2}.\n#### {i + 2}", "")
-        for i in range(ROWS)
-    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        examples = prepare_tests(
+            (f"How many are {i} and <i>2</i>?", f"They are {i + 2}.\n#### {i + 2}") for i in range(ROWS)
+        )
     (folder / "artifacts/mini/logs").mkdir(parents=True)
     for place, (name, settings) in enumerate(params["experiments"].items()):
         prompts = [example.question + settings.get("suffix", "") for example in examples]

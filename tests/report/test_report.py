@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import prepare_tests
 
 from kd.cli import main
 from kd.io.files import sha256
@@ -22,8 +23,9 @@ REPORT = Path("artifacts/mini/report")
 
 @pytest.fixture
 def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Six rows a log: experiment number i has i right and one row that no rule settles."""
+    """Six rows a log: experiment number i has the first i right, but for the last row, that no rule settles."""
     write_params(tiny_params)
+    prepare_tests((f"How many are {i} and 2?", f"They are {i + 2}.\n#### {i + 2}") for i in range(6))
     folder = Path("artifacts/mini/logs")
     folder.mkdir(parents=True)
     for right, experiment in enumerate(tiny_params["experiments"]):
@@ -43,7 +45,7 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
                         "model_max_tokens": i == 4,
                         "extracted_answer": -1 if i == 5 else answer,
                         "rule": "undecided" if i == 5 else "boxed",
-                        "correct": i < right,
+                        "correct": i < min(right, 5),
                     }
                 )
     return tiny_params
@@ -86,7 +88,7 @@ def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) ->
     assert printed[-1].split()[0] == "no-distillation-matched"
     assert printed[-1].endswith("not in the paper")
     assert printed[-2].split() == ["ground-truth-kd", "83.33%", "43.6%", "to", "97.0%", "5/6", "0", "1", "48.14%"]
-    assert pairs[-1].split()[:3] == ["ground-truth-kd", "no-distillation-matched", "-16.67%"]
+    assert pairs[-1].split()[:3] == ["ground-truth-kd", "no-distillation-matched", "+0.00%"]
     text = (REPORT / "results.md").read_text()
     assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | 0 | 1 | 48.14% |" in text
     assert "| no-distillation | fine-tuning | -16.67% |" in text

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from rows import prepare_tests
 
 from kd.cli import main
 from kd.scoring.log import COLUMNS
@@ -32,6 +33,7 @@ def log(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], No
     tiny_params["dataset"]["test_rows"] = 4
     tiny_params["experiments"] = {"teacher-kd": tiny_params["experiments"]["teacher-kd"]}
     write_params(tiny_params)
+    prepare_tests((f"How many is {i}0?", f"It is.\n#### {i}0") for i in range(1, 5))
     write_log(RESPONSES)
 
 
@@ -166,12 +168,65 @@ def test_an_unusable_sheet_changes_nothing(
     assert not DECISIONS.exists()
 
 
+SHA = "0a" * 32
+
+
 @pytest.mark.usefixtures("log")
-def test_spoilt_decisions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("1,Why?,00,many", "row 1: answer is 'many', expected a number or none"),
+        (f'1,Why?,{SHA},"70,000"', "row 1: answer is '70,000', expected a number or none; write it as in 70000"),
+        ("1,Why?,1E+63,7", "row 1: sha256 is '1E+63', expected 64 hexadecimal digits; undo"),
+        (f"first,Why?,{SHA},7", "row 1: row is 'first', expected the number of a test question"),
+        (
+            f"1,Why?,{SHA},7\n1,Why?,{SHA},8",
+            "row 2: another answer to a response that an earlier row decides; keep one",
+        ),
+    ],
+)
+def test_spoilt_decisions_are_refused(capsys: pytest.CaptureFixture[str], rows: str, message: str) -> None:
     DECISIONS.parent.mkdir()
-    DECISIONS.write_text("row,question,sha256,answer\n1,Why?,00,many\n")
+    DECISIONS.write_text(f"row,question,sha256,answer\n{rows}\n")
     assert main(["report"]) == 2
-    assert "reviews/teacher-kd.csv row 1: answer is 'many'" in capsys.readouterr().err
+    assert f"reviews/teacher-kd.csv {message}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("log")
+def test_decisions_that_were_saved_by_a_spreadsheet_count_as_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_with(monkeypatch, "10", "30")
+    assert main(["review", "teacher-kd"]) == 0
+    before = reported(capsys)
+    with DECISIONS.open(newline="") as file:
+        rows = list(csv.reader(file))
+    saved = [
+        rows[0],
+        *([f"{row}.0", question, sha.upper(), f"{answer},00"] for row, question, sha, answer in rows[:0:-1]),
+    ]
+    lines = [";".join(f'"{cell}"' for cell in row) for row in [*saved, [""] * 4]]
+    DECISIONS.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert reported(capsys) == before
+    answer_with(monkeypatch, "40")
+    assert main(["review", "teacher-kd"]) == 0  # and are written as ever
+    assert decided() == {"1": "10", "3": "30", "4": "40"}
+
+
+@pytest.mark.usefixtures("log")
+@pytest.mark.parametrize(
+    ("answer", "taken"),
+    [("1.000", None), ("2,000", "2000"), ("2.000", "2000"), ("30,5", "30.5"), ("NONE", "-1"), ("1\u202f000", "1000")],
+)
+def test_a_number_that_may_be_two_is_the_one_that_stands_in_the_response(answer: str, taken: str | None) -> None:
+    write_log([*RESPONSES[:2], "no, thirty or 2,000", RESPONSES[3]])
+    assert main(["review", "teacher-kd", "--export", "sheet.csv"]) == 0
+    with Path("sheet.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rows[1]["answer"] = answer
+    write_sheet(rows)
+    assert main(["review", "teacher-kd", "--import", "sheet.csv"]) == (0 if taken else 2)
+    assert not taken or decided() == {"3": taken}
 
 
 def test_numbers_are_highlighted_and_a_terminal_is_not_fooled(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from kd.scoring.rules.rule import Found
 
@@ -14,6 +14,11 @@ MINUS = "-\u2212"  # hyphen and minus sign
 PLAIN = re.compile(r"[0-9][0-9]*+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]++)?")
 # The same with LaTeX's thousands separators as well: "70{,}000", "70\,000", and a thin or no-break space.
 LATEX = re.compile(r"[0-9][0-9]*+(?:(?:,|\{,\}|\\[,;:! ]|[\u00a0\u2009\u202f])[0-9]{3}(?![0-9]))*(?:\.[0-9]++)?")
+
+GIVEN = re.compile(rf"([{MINUS}]?)\$?([0-9]+(?:,[0-9]{{3}})*(?:\.[0-9]+)?|\.[0-9]+)%?")  # by a person, and nothing else
+WHOLE_DIGITS = 18  # of a count
+# How other countries write it, in terms of the above: "1.234,5", "1 234,5", "1'234,5".
+_ELSEWHERE = str.maketrans(",.\u00a0\u202f'\u2019", ".,,,,,")
 
 
 def numbers(
@@ -59,6 +64,29 @@ def canonical(sign: str, digits: str) -> str:
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
     number = f"{whole}.{fraction}" if fraction else whole
     return f"-{number}" if sign and number != "0" else number
+
+
+def readings(cell: str) -> set[str]:
+    """The numbers, in canonical spelling, that a spreadsheet's cell may mean: none, one, or two, since "70,000" is
+    seventy thousand or seventy, as the comma or the point stands before the decimals."""
+    text = cell.strip()
+    spelled = (GIVEN.fullmatch(text), GIVEN.fullmatch(text.translate(_ELSEWHERE)))
+    return {canonical(match[1], match[2]) for match in spelled if match}
+
+
+def from_cell(cell: str, expected: Container[str] = ()) -> str | None:
+    """The number that a spreadsheet's cell means, in canonical spelling, in which we write it; None for what is no
+    number, and for what may be two of which not one alone is `expected`."""
+    found = readings(cell)
+    if len(found) > 1:
+        found = found & {cell.strip()} or {number for number in found if number in expected}
+    return found.pop() if len(found) == 1 else None
+
+
+def whole_number(cell: str) -> int | None:
+    """The whole number from 0 up that a spreadsheet's cell means, as `from_cell`."""
+    found = {number for number in readings(cell) if number.isdecimal() and len(number) <= WHOLE_DIGITS}
+    return int(found.pop()) if len(found) == 1 else None
 
 
 def _found(response: str, floor: int, match: re.Match[str]) -> Found:
