@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ import nox
 
 nox.options.sessions = ["tests"]
 
-LOCK = "requirements.lock"
+LOCK, PYTHON = "requirements.lock", "3.11"
 IMAGE_ENVIRONMENT = os.environ.get("KD_ENVIRONMENT")  # the image's own, complete and not to be written to
 ENVIRONMENT = Path(IMAGE_ENVIRONMENT or ".nox/kd").resolve()
 NODE, AXE = ".nox/npm", "axe-core@4.14.1"  # checks pages for accessibility; used by the tests alone
@@ -24,8 +25,11 @@ NODE, AXE = ".nox/npm", "axe-core@4.14.1"  # checks pages for accessibility; use
 
 def environment(session: nox.Session) -> None:
     """Bring the shared environment to the lock file (a second where nothing changed) and enter it."""
-    if not (ENVIRONMENT / "pyvenv.cfg").exists():
-        session.run("uv", "venv", "--quiet", "--python", "3.11", str(ENVIRONMENT))
+    if not IMAGE_ENVIRONMENT and not at_home(ENVIRONMENT):
+        if ENVIRONMENT.exists():
+            session.warn(f"{ENVIRONMENT}: not made here with Python {PYTHON} (a moved or copied checkout?); made anew")
+            shutil.rmtree(ENVIRONMENT)
+        session.run("uv", "venv", "--quiet", "--python", PYTHON, str(ENVIRONMENT))
     os.environ["VIRTUAL_ENV"] = str(ENVIRONMENT)
     os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # without bytecode every stage compiles torch's sources anew
     os.environ["PATH"] = f"{ENVIRONMENT / 'bin'}{os.pathsep}{os.environ['PATH']}"  # nox looks programs up here
@@ -35,6 +39,27 @@ def environment(session: nox.Session) -> None:
     install = ("uv", "pip", "install", "--quiet", "--no-deps")
     session.run(*install, "--require-hashes", "--requirement", LOCK)
     session.run(*install, "--no-build-isolation", "--editable", ".")
+    do_without_git(session)
+
+
+def at_home(environment: Path) -> bool:
+    """Whether an environment was made where it lies: its scripts and `activate` name that place, so that one which was
+    moved does not start, and one which was copied enters the original."""
+    try:
+        made = re.search(r"^VIRTUAL_ENV=(.+)$", (environment / "bin/activate").read_text("utf-8"), re.MULTILINE)
+        of = re.search(r"^version\w* *= *(.+)$", (environment / "pyvenv.cfg").read_text("utf-8"), re.MULTILINE)
+        here = made is not None and environment.samefile(shlex.split(made[1])[0])
+    except (OSError, ValueError):  # half an environment, or an `activate` of another make
+        return False
+    return here and of is not None and of[1].startswith(f"{PYTHON}.") and (environment / "bin/python").exists()
+
+
+def do_without_git(session: nox.Session) -> None:
+    """Let DVC do without Git where this folder is no repository of its own, such as a ZIP from a website."""
+    git, settings = Path(".git"), Path(".dvc/config.local")
+    if git.is_file() or (git / "HEAD").exists() or (settings.exists() and "no_scm" in settings.read_text("utf-8")):
+        return
+    session.run("dvc", "config", "--local", "core.no_scm", "true")
 
 
 def bring_state(session: nox.Session) -> None:
@@ -68,7 +93,7 @@ def demand(session: nox.Session, *programs: str) -> None:
 def lock(session: nox.Session) -> None:
     """Resolve pyproject.toml anew into requirements.lock (hashes, all platforms, no index addresses)."""
     session.run(
-        "uv", "pip", "compile", "pyproject.toml", "--all-extras", "--universal", "--python-version", "3.11",
+        "uv", "pip", "compile", "pyproject.toml", "--all-extras", "--universal", "--python-version", PYTHON,
         "--generate-hashes", "--no-emit-index-url", "--no-annotate", "--custom-compile-command", "nox -s lock",
         "--override", "lock-overrides.txt", "--output-file", LOCK, "--quiet", *session.posargs,
     )  # fmt: skip
@@ -237,7 +262,8 @@ def image(session: nox.Session) -> None:
     if engine is None:
         session.error("neither docker, podman nor buildah works here; start Docker's daemon or install one of them")
     tag = f"kd:{target}"
-    revision = subprocess.run(("git", "rev-parse", "HEAD"), capture_output=True, text=True).stdout.strip()
+    asked = ("git", "rev-parse", "HEAD")
+    revision = subprocess.run(asked, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     build = ("--target", target, "--tag", tag, "--build-arg", f"REVISION={revision or 'unknown'}", ".")
     session.run(engine, "build", *build, external=True, env={"DOCKER_BUILDKIT": "1"})
     if engine == "buildah":

@@ -141,7 +141,7 @@ def _add_stages(commands: Any) -> None:
     stage("prepare", _prepare, "write the training and test rows to artifacts/<profile>/data", "prepare")
     stage("head", _head, "keep the teacher's final norm and output head, once for all prompts", "head")
     teacher = stage("teacher", _teacher, "capture the teacher's states behind one prompt", "teacher/{prompt}")
-    teacher.add_argument("prompt", metavar="PROMPT", help="base, teacher, ground-truth or confidence")
+    teacher.add_argument("prompt", metavar="PROMPT", help="one of `prompts`, such as base")
     train = stage("train", _train, "train one student's adapter", "train/{experiment}")
     train.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters`, such as teacher-kd")
     assess = stage("assess", _assess, "let one student answer the test questions", "assess/{experiment}")

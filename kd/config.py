@@ -299,7 +299,7 @@ class Config(Params):
 
 def load_config(path: Path) -> Config:
     """Read and validate a params file."""
-    document = read_mapping(path, f"`cp profiles/mini.yaml {path}` makes one")
+    document = read_mapping(path, f"`cp profiles/mini.yaml {shlex.quote(str(path))}` makes one")
     return validated(Config, document, str(path), "profiles/mini.yaml")
 
 

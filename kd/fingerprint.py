@@ -26,10 +26,10 @@ from kd.io.progress import progress
 
 HERE = Path(__file__).parent
 KEY_DIGITS = 16
-# What cannot change a result: what is said, who does which part and who may begin, how bytes come here that are
-# compared with a checksum, and how params are read, whose values are in every key.
+# What cannot change a result: what is said, who does which part and who may begin, on which disk, how bytes come here
+# that are compared with a checksum, and how params are read, whose values are in every key.
 NEUTRAL = frozenset(
-    "kd kd.cli kd.config kd.errors kd.fingerprint kd.io.distributed kd.io.download kd.io.lock kd.io.progress "
+    "kd kd.cli kd.config kd.errors kd.fingerprint kd.io.distributed kd.io.download kd.io.lock kd.io.place kd.io.progress "
     "kd.io.stopping kd.models.hub".split()
 )
 WEIGHTS = "*.safetensors"

@@ -15,6 +15,7 @@ from kd.data.gsm8k import source_files
 from kd.errors import UserError
 from kd.fingerprint import model_sha256, versions
 from kd.io.files import sha256, whole_folder, write_json
+from kd.io.place import refuse_results_folder
 from kd.models import smollm2
 from kd.models.load import check_folder
 
@@ -22,7 +23,9 @@ FOLDER = "inputs"
 
 
 def write_inputs(params: Config) -> dict[str, Any]:
-    """Check the data and the models, and write what they are to artifacts/<profile>/inputs/; returns it by name."""
+    """Check the data, the models and the place for results, and write what they are to artifacts/<profile>/inputs/;
+    returns it by name."""
+    refuse_results_folder(params.artifacts)
     found = {
         "data": _data(params.dataset),
         "teacher": _model(params.teacher.model),

@@ -5,6 +5,7 @@ The checks are functions of the params and of one reading of the machine (kd/mac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -44,6 +45,7 @@ def check(params: config.Config, machine: Machine) -> list[Check]:
         *(_gpus(params, machine) if gpus_needed(params) else _no_gpus()),
         _extension(params, machine),
         _memory(params, machine),
+        _place(params, machine),
         *_disks(params, machine),
         _data(machine.data),
         _model("teacher", params.teacher.model, machine.teacher),
@@ -81,7 +83,7 @@ def _check(name: str, passed: bool, found: str, mend: str) -> Check:
 
 def _python(machine: Machine) -> Check:
     right = machine.python.startswith(f"{PYTHON}.")
-    return _check("Python", right, machine.python, f"make the environment with Python {PYTHON}; `nox` does")
+    return _check("Python", right, machine.python, f"make the environment with Python {PYTHON}; `nox` does, in .nox/kd")
 
 
 def _packages(machine: Machine) -> list[Check]:
@@ -91,7 +93,7 @@ def _packages(machine: Machine) -> list[Check]:
             package.name,
             (package.found or "").partition("+")[0] == package.pinned,
             package.found or "not installed",
-            f"install {package.name}=={package.pinned} from requirements.lock",
+            f"install {package.name}=={package.pinned} from requirements.lock; `nox` does, into .nox/kd",
         )
         for package in machine.packages
     ]
@@ -162,16 +164,43 @@ def _memory(params: config.Config, machine: Machine) -> Check:
     return _check("memory", machine.memory >= needed * GIB, found, f"use a machine or a container with {needed:g} GiB")
 
 
+def _place(params: config.Config, machine: Machine) -> Check:
+    refusal = machine.refusal or ""
+    return _check("place of results", not refusal, refusal.partition("; ")[0] or str(params.artifacts), refusal)
+
+
 def _disks(params: config.Config, machine: Machine) -> list[Check]:
     # Of every result that is here DVC's cache has a copy, or will have one when its stage ends.
-    results = max(0.0, params.needs.disk_gib - 2 * machine.results.held / GIB)
-    models = max(0.0, params.needs.models_gib - machine.models.held / GIB)
-    if machine.results.device == machine.models.device:  # one disk has to take both
-        results = models = results + models
-    return [
-        _disk("disk for results", results, machine.results, "put artifacts/ and .dvc/cache on a larger disk"),
-        _disk("disk for models", models, machine.models, "set HF_HUB_CACHE to a folder on a larger disk"),
-    ]
+    copies = max(0.0, params.needs.disk_gib / 2 - machine.results.held / GIB)
+    rows = [("disk for results", machine.results, copies), ("disk for DVC's copies", machine.copies, copies)]
+    if machine.models:
+        models = max(0.0, params.needs.models_gib - machine.models.held / GIB)
+        rows.append(("disk for models", machine.models, models))
+
+    def on(disk: Disk) -> float:
+        """What one disk has to take."""
+        return sum(owed for _, other, owed in rows if other.device == disk.device)
+
+    mends = _disk_mends(params)
+    checks = [_disk(name, on(disk), disk, mends[name]) for name, disk, _ in rows]
+    unneeded = Check("disk for models", "not needed", "they are folders that are here already")
+    return checks if machine.models else [*checks, unneeded]
+
+
+def _disk_mends(params: config.Config) -> dict[str, str]:
+    if "KD_ENVIRONMENT" in os.environ:  # in the image, whose places are fixed
+        volume = "mount a volume of a larger disk at /kd/artifacts"
+        return {
+            "disk for results": volume,
+            "disk for DVC's copies": volume,
+            "disk for models": "mount a larger disk at /models",
+        }
+    hub = any(isinstance(model, config.HubModel) for model in (params.teacher.model, params.student.model))
+    return {
+        "disk for results": "move this whole checkout to a larger disk",
+        "disk for DVC's copies": "`mv .dvc/cache FOLDER` to a larger disk, then `dvc cache dir --local FOLDER`",
+        "disk for models": f"set {'HF_HUB_CACHE' if hub else 'KD_CACHE'} to a folder on a larger disk",
+    }
 
 
 def _disk(name: str, owed: float, disk: Disk, mend: str) -> Check:
@@ -190,7 +219,7 @@ def _model(role: str, model: config.Model, source: Source) -> Check:
         return _check(role, source.refusal is None, found, source.refusal or "")
     mend = {
         "hub": "",
-        "folder": f"put the model there, or name another folder in {role}.model",
+        "folder": f"put the model there, or name another folder in {role}.model.path",
         "bundled": "install requirements.lock; `nox` does",
     }[model.source]
     return _check(role, source.found is not None, source.found or f"{source.name}: not here", mend)

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from kd import config
 from kd.data.gsm8k import source_files
 from kd.errors import UserError, WorkFailedError
 from kd.io.files import free_bytes
+from kd.io.place import refuse_results_folder
 from kd.models import hub, smollm2
 from kd.models.load import cache_folder, model_name
 
@@ -61,19 +62,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Machine:
-    """One reading of a machine. `extension` says why exllamav2 does not load, "" where it does, None if not tried."""
+    """One reading of a machine. `copies` is the disk of DVC's cache, `models` None where all are folders of the user's.
+
+    `refusal` says why results cannot lie where they are to, `extension` why exllamav2 does not load ("" where it does,
+    None if not tried).
+    """
 
     python: str
     packages: tuple[Package, ...]
     memory: int
     results: Disk
-    models: Disk
+    copies: Disk
+    models: Disk | None
     data: Source
     teacher: Source
     student: Source
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
     extension: str | None = None
+    refusal: str | None = None
 
 
 def read_machine(params: config.Config) -> Machine:
@@ -86,6 +93,7 @@ def read_machine(params: config.Config) -> Machine:
         packages=packages,
         memory=read_memory(),
         results=read_disk(params.artifacts, [params.artifacts]),
+        copies=read_disk(copies_folder(), []),
         models=_models_disk(params),
         data=find_data(params),
         teacher=find_model(params.teacher.model),
@@ -93,6 +101,7 @@ def read_machine(params: config.Config) -> Machine:
         gpus=gpus,
         driver=read_driver() if gpus_needed(params) else None,
         extension=read_extension() if quantized and gpus and packages[-1].found else None,
+        refusal=_refused(lambda: refuse_results_folder(params.artifacts)),
     )
 
 
@@ -126,6 +135,13 @@ def read_disk(path: Path, held: Iterable[Path]) -> Disk:
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     files = {file for folder in held for file in folder.rglob("*") if file.is_file() and not file.is_symlink()}
     return Disk(path, free_bytes(path), sum(file.stat().st_size for file in files), existing.stat().st_dev)
+
+
+def copies_folder() -> Path:
+    """Where DVC keeps its copies of results, as its configuration says."""
+    # DVC knows several files of it. In a process of its own, as it is used.
+    found = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True)
+    return Path(found.stdout.strip() if found.returncode == 0 else ".dvc/cache")
 
 
 def read_gpus() -> tuple[Gpu, ...]:
@@ -193,18 +209,24 @@ def find_model(model: config.Model) -> Source:
             return Source(name, None, _refusal(model))
 
 
-def _models_disk(params: config.Config) -> Disk:
-    """The disk of the Hub's cache where a model comes from there, else of the bundled model's."""
-    found = {model for model in (params.teacher.model, params.student.model) if isinstance(model, config.HubModel)}
-    if found:
-        return read_disk(hub.cache(), [hub.repository(model) for model in found])
-    return read_disk(cache_folder(), [cache_folder()])
+def _models_disk(params: config.Config) -> Disk | None:
+    """The disk of the Hub's cache where a model comes from there, else of the bundled model's, and what it holds."""
+    models = (params.teacher.model, params.student.model)
+    places = {hub.repository(model): hub.cache() for model in models if isinstance(model, config.HubModel)}
+    if any(isinstance(model, config.BundledModel) for model in models):
+        places[smollm2.converted(cache_folder())] = cache_folder()
+    return read_disk(next(iter(places.values())), places) if places else None
 
 
 def _refusal(source: hub.Repository) -> str | None:
     """Why the Hub does not give a repository, None where it does."""
+    return _refused(lambda: hub.check_access(source))
+
+
+def _refused(look: Callable[[], None]) -> str | None:
+    """The sentence that a look at something ends with, None where all is well."""
     try:
-        hub.check_access(source)
+        look()
     except (UserError, WorkFailedError) as error:
         return str(error)
     return None

@@ -7,7 +7,8 @@ bar per file, and starts a broken file anew where it fetches through `hf_xet`.
 
 A blob of the cache bears its checksum as its name: the SHA-256 of an LFS file, Git's object id of any other. While it
 is fetched it is called `<checksum>.part`, on which a later run builds; it gets its name once its bytes have that
-checksum. The token is sent to the Hub and not to the hosts it redirects to (`requests` sees to that).
+checksum, and a snapshot links to it. Where the file system has no links the file lies in the snapshot itself, as the
+library does it. The token is sent to the Hub and not to the hosts it redirects to (`requests` sees to that).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kd.config import HubDataset, HubModel
 from kd.errors import UserError, WorkFailedError
 from kd.io.download import CHUNK_BYTES, TIMEOUT_S, reason
 from kd.io.files import free_bytes, put_file_in_place
+from kd.io.place import insist_writable
 from kd.io.progress import catch_up, progress, show_state
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def snapshot(source: Repository) -> Path:
 
 def is_cached(model: HubModel) -> bool:
     """Whether the cache has the model, every shard of its weights included."""
-    # A file is a link to its blob; `exists` follows it.
+    # Most are links to their blobs, which `exists` follows.
     names = [path.name for path in snapshot(model).glob("*") if path.exists()]
     shards = Counter(match.groups() for name in names if (match := _SHARD.fullmatch(name)))
     return not missing(names) and all(count == int(total) for (_, total), count in shards.items())
@@ -105,6 +107,8 @@ def fetch(models: Sequence[HubModel]) -> None:
     # Weights come last, so that a folder which has all of them has everything.
     wanted.sort(key=lambda pair: (pair[1].name.endswith(".safetensors"), pair[1].size))
     _check_room(sum(_owed(model, file) for model, file in wanted))
+    for folder in {place(model) for model, _ in wanted for place in (repository, _locks)}:
+        insist_writable(folder, "set HF_HUB_CACHE to a folder of yours, for the models of the Hub")
     with progress((), "models", "B", sum(file.size for _, file in wanted), scale=True) as bar:
         for model, file in wanted:
             show_state(bar, file.name)
@@ -147,18 +151,26 @@ def _blob(model: HubModel, file: HubFile) -> Path:
     return repository(model) / "blobs" / file.checksum
 
 
+def _locks(model: HubModel) -> Path:
+    return cache() / ".locks" / repository(model).name  # the library's own
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _is_there(blob: Path, file: HubFile) -> bool:
-    return blob.exists() and _size(blob) == file.size
+def _has(path: Path, file: HubFile) -> bool:
+    return path.exists() and _size(path) == file.size
+
+
+def _is_there(model: HubModel, file: HubFile) -> bool:
+    """Whether a file's blob is in the cache, or where there are no links the file itself."""
+    return _has(_blob(model, file), file) or _has(snapshot(model) / file.name, file)
 
 
 def _owed(model: HubModel, file: HubFile) -> int:
     """The bytes of a file that have still to come."""
-    blob = _blob(model, file)
-    return 0 if _is_there(blob, file) else max(0, file.size - _size(blob.with_suffix(".part")))
+    return 0 if _is_there(model, file) else max(0, file.size - _size(_blob(model, file).with_suffix(".part")))
 
 
 def _check_room(needed: int) -> None:
@@ -176,11 +188,11 @@ def _fetch_file(model: HubModel, file: HubFile, bar: tqdm[Any]) -> None:
 
     blob, link = _blob(model, file), snapshot(model) / file.name
     part = blob.with_suffix(".part")
-    lock = cache() / ".locks" / repository(model).name / f"{file.checksum}.lock"  # the library's own
+    lock = _locks(model) / f"{file.checksum}.lock"
     for path in (blob, link, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if _is_there(blob, file):
+        if _is_there(model, file):
             catch_up(bar, file.size)
         else:
             _receive(model, file, part, bar)
@@ -191,9 +203,17 @@ def _fetch_file(model: HubModel, file: HubFile, bar: tqdm[Any]) -> None:
                     "away; run the same command again, without a mirror if HF_ENDPOINT names one"
                 )
             put_file_in_place(part, blob)
-        if not link.exists():
-            link.unlink(missing_ok=True)  # to a blob of another cache, or of none
-            link.symlink_to(Path("..", "..", "blobs", file.checksum))
+        if not _has(link, file):
+            _link(link, blob)
+
+
+def _link(link: Path, blob: Path) -> None:
+    """Let a file of the snapshot be its blob."""
+    link.unlink(missing_ok=True)  # to a blob of another cache, or of none
+    try:
+        link.symlink_to(Path("..", "..", "blobs", blob.name))
+    except OSError:  # no links on this file system, and the room for one copy only
+        put_file_in_place(blob, link)
 
 
 def _receive(model: HubModel, file: HubFile, part: Path, bar: tqdm[Any]) -> None:

@@ -20,7 +20,8 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path
 
     chosen = os.environ.get("KD_CACHE")
-    return Path(chosen) if chosen else user_cache_path("kd")
+    # Path's own expanduser refuses the name of a user that is none.
+    return Path(os.path.expanduser(chosen)) if chosen else user_cache_path("kd")  # noqa: PTH111
 
 
 def model_name(model: config.Model) -> str:

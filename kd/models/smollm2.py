@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError
 from kd.io.files import whole_folder
+from kd.io.place import insist_writable
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,7 @@ def folder(cache: Path) -> Path:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != GGUF_SHA256:
             raise UserError(f"{source}: SHA-256 is {found}, not {GGUF_SHA256}; reinstall {PACKAGE}")
+        insist_writable(cache, "set KD_CACHE to a folder of yours, for the converted model of 0.54 GB")
         partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         with whole_folder(target, partial) as work:
             convert(source, work)

@@ -134,7 +134,7 @@ def _check_losses(config: Config) -> dict[str, Any]:
     for adapter in config.adapters:
         path = config.artifacts / "adapters" / adapter / CHECK
         if path.exists():
-            loss = read_json(path, "an adapter's check loss")["check_loss"]
+            loss = read_json(path, f"the check loss that `kd train {adapter}` writes")["check_loss"]
             found[adapter] = {"check_loss": loss, "published": CHECK_LOSSES.get(adapter)}
     return found
 
@@ -187,7 +187,7 @@ def _undecided(results: dict[str, Any]) -> str:
 def read_prompts(config: Config) -> dict[str, Any]:
     """What `measure_prompts` wrote; nothing where it has not run."""
     path = config.artifacts / "statistics.json"
-    return dict(read_json(path, "the prompts' statistics")) if path.exists() else {}
+    return dict(read_json(path, "what `kd statistics` writes")) if path.exists() else {}
 
 
 def prompt_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:

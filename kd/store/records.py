@@ -150,21 +150,24 @@ def _value(value: Any) -> str:
 
 def read_sealed(path: Path, kind: type[Any]) -> Any:
     """The manifest of that `kind` in `path`; a UserError where it is missing, of another version or changed."""
-    document = read_json(path, "the manifest of a teacher store")
+    maker = "kd head" if kind is HeadManifest else f"kd teacher {path.parent.name}"
+    document = read_json(path, f"the manifest that `{maker}` writes")
     try:
         if not isinstance(document, dict):
-            raise UserError(f"{path}: not the manifest of a teacher store; capture it again")
+            raise UserError(f"{path}: not the manifest of a teacher store; run `{maker}` again")
         if document.get("version") != kind.model_fields["version"].default:
             raise UserError(
                 f"{path}: format version {document.get('version')}, which this version of kd does not read; "
-                "run `kd head` and `kd teacher` again"
+                f"run `{maker}` again"
             )
         document.pop("seal", None)
         manifest = kind.model_validate(document)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{path}: not a store this version reads ({key}: {problem['msg']}); capture it again") from None
+        raise UserError(
+            f"{path}: not a store this version reads ({key}: {problem['msg']}); run `{maker}` again"
+        ) from None
     if path.read_text(encoding="utf-8") != _sealed(document):
-        raise UserError(f"{path}: changed since it was written; capture it again")
+        raise UserError(f"{path}: changed since it was written; run `{maker}` again")
     return manifest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -415,5 +414,12 @@ def _lasting(document: dict[str, Any]) -> dict[str, Any]:
 def _link(link: Path, target: Path) -> None:
     """Let `link` stand for `target`, beside it under artifacts/."""
     link.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):  # another task of the arm was here first
+    try:
         link.symlink_to(Path("..", target.parent.name, target.name))
+    except FileExistsError:  # another task of the arm was here first
+        return
+    except OSError as error:
+        raise UserError(
+            f"{link.absolute()}: a study's runs share data and teachers by links, which this disk does not take "
+            f"({error.strerror}); name a folder on another disk with --work"
+        ) from None

@@ -29,6 +29,7 @@ FIT = Machine(
     packages=tuple(Package(name, version, version) for name, version in {"torch": "2.4.0", "peft": "0.12.0"}.items()),
     memory=128 * GIB,
     results=Disk(Path("artifacts/paper"), 100 * GIB, 0, device=1),
+    copies=Disk(Path(".dvc/cache"), 100 * GIB, 0, device=1),
     models=Disk(Path("cache"), 320 * GIB, 0, device=2),
     data=Source("openai/gsm8k", "on the Hub"),
     teacher=Source("teacher", "cache/teacher"),
@@ -68,8 +69,14 @@ def test_a_fit_machine_passes_every_check_of_the_papers_profile() -> None:
         ({"gpus": (), "driver": None, "extension": None}, "NVIDIA driver", "install a driver from 525.60 up"),
         ({"extension": "undefined symbol"}, "exllamav2 loads", "a CUDA compiler (nvcc) that builds its extension"),
         ({"memory": 32 * GIB}, "memory", "64 GiB"),
-        ({"results": Disk(Path("a"), 50 * GIB, 0, 1)}, "disk for results", "make room, or put artifacts/"),
+        (
+            {"results": Disk(Path("a"), 50 * GIB, 0, 1)},
+            "disk for results",
+            "make room, or move this whole checkout to a",
+        ),
+        ({"copies": Disk(Path("b"), 20 * GIB, 0, 3)}, "disk for DVC's copies", "then `dvc cache dir --local FOLDER`"),
         ({"models": Disk(Path("c"), 300 * GIB, 0, 2)}, "disk for models", "make room, or set HF_HUB_CACHE"),
+        ({"refusal": "artifacts: a link; make it a folder"}, "place of results", "a link; make it a folder"),
         ({"data": Source("gsm8k", None, "gsm8k: no connection; …")}, "data", "no connection"),
         ({"student": Source("s", None, "s: ask for access")}, "student", "ask for access"),
     ],
@@ -99,6 +106,8 @@ def test_nothing_else_fails_than_what_is_lacking() -> None:
         {"gpus": (Gpu("H200", 140 * GIB, (9, 0)),) * 3},  # fewer, but larger
         {"models": Disk(Path("c"), 10 * GIB, 305 * GIB, 2)},  # what is owed has come already
         {"results": Disk(Path("a"), 1 * GIB, 45 * GIB, 1)},  # all results are here, and DVC's copies of them
+        {"results": Disk(Path("a"), 31 * GIB, 0, 1), "copies": Disk(Path("b"), 31 * GIB, 0, 3)},  # a disk for each
+        {"models": None},  # folders of one's own
         {"teacher": Source("t", "cache"), "student": Source("s", "cache", "no network")},  # nobody need ask the Hub
         {"teacher": Source("t", None)},  # the Hub gives it
     ],
@@ -115,8 +124,9 @@ def test_one_gpu_must_hold_what_is_not_spread() -> None:
 
 
 def test_one_disk_has_to_take_results_and_models() -> None:
-    one = {"results": Disk(Path("a"), 350 * GIB, 0, 1), "models": Disk(Path("c"), 350 * GIB, 0, 1)}
-    assert failed(PAPER, **one).keys() == {"disk for results", "disk for models"}
+    disk = Disk(Path("a"), 350 * GIB, 0, 1)
+    found = failed(PAPER, results=disk, copies=disk, models=disk)
+    assert found.keys() == {"disk for results", "disk for DVC's copies", "disk for models"}
 
 
 def test_the_miniature_needs_no_gpu_and_asks_no_network(

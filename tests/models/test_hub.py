@@ -391,3 +391,37 @@ def until(found: Callable[[], list[Path]]) -> list[Path]:
             return paths
         time.sleep(0.1)
     raise TimeoutError
+
+
+def test_a_file_system_without_links_holds_the_files_themselves(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    server.refuse = 403  # as if killed before the first file
+    assert main(["models", "fetch"]) == 2
+    server.refuse = None
+    assert main(["models", "fetch"]) == 0
+    assert fetched() == TAKEN
+    assert not any(path.is_symlink() for path in hub.repository(MODEL).rglob("*"))
+    assert not blobs()  # there is room for one copy only
+    (hub.snapshot(MODEL) / FIRST).unlink()
+    server.asked.clear()
+    assert main(["models", "fetch"]) == 0
+    assert fetched() == TAKEN
+    assert len(server.paths("cdn")) == 1
+    from huggingface_hub import snapshot_download
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert Path(snapshot_download(NAME, revision=REVISION, cache_dir=hub.cache())) == hub.snapshot(MODEL)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_cache_that_cannot_be_written_says_so_and_its_mend_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert main(["models", "fetch"]) == 2
+    assert f"{tmp_path / 'cache'} is no folder; set HF_HUB_CACHE to a folder of yours" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another"))
+    assert main(["models", "fetch"]) == 0

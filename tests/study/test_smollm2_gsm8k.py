@@ -18,6 +18,7 @@ import pytest
 from conftest import REPOSITORY
 from ruamel.yaml import YAML
 
+from kd.cli import STUDY_ENVIRONMENT, main
 from kd.study.results import read_study
 from kd.study.tables import with_tables
 
@@ -196,6 +197,23 @@ def test_the_driver_says_what_is_wrong(small: list[str], tmp_path: Path) -> None
     (tmp_path / "conditions.yaml").unlink()
     status, said = run_to_end("run", *small)
     assert (status, "conditions.yaml: no such file" in said) == (2, True)
+
+
+def test_a_disk_without_links_is_refused_and_another_taken(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for name, value in STUDY_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as without:
+        without.setattr(os, "symlink", refused)
+        assert main(["study", "task", *small, "aligned-self-s1/base-kd"]) == 2
+    said = capsys.readouterr().err
+    assert "share data and teachers by links, which this disk does not take (Operation not permitted); name a" in said
+    small[2] = str(tmp_path / "another disk")
+    assert main(["study", "task", *small, "data"]) == 0
 
 
 def run_to_end(*arguments: str) -> tuple[int, str]:
