@@ -43,12 +43,13 @@ def prepare_lesson(config: Config, experiment: str) -> Lesson:
     examples = read_examples(config.artifacts / "data" / "train.jsonl")
     tests = read_examples(config.artifacts / "data" / "test.jsonl")
     folder = model_folder(config.student.model)
+    student = check_folder(folder, "transformers").settings
     tokenizer = load_tokenizer(folder)
     if adapter.prompt:
         refuse_two_vocabularies(config.teacher.model, config.student.model)
     store = open_checked(config, adapter.prompt, tokenizer, examples) if adapter.prompt else None
     if store:
-        _refuse_other_logits(store, check_folder(folder, "transformers").settings.vocab_size)
+        _refuse_other_logits(store, student.vocab_size)
     stored = [example.reading for example in store.manifest.examples] if store else None
     matches = match_examples(settings.protocol, examples, tokenizer, settings.max_tokens, stored, settings.quirks)
     check = match_examples("published", tests, tokenizer, settings.max_tokens, None)

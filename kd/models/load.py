@@ -11,7 +11,7 @@ from kd.errors import UserError
 from kd.models import hub, smollm2
 from kd.models.check import check_folder
 from kd.models.settings import GENERATION
-from kd.models.vocabulary import TOKENIZER_CONFIG
+from kd.models.vocabulary import PLAIN, TOKENIZER_CONFIG
 from kd.models.vocabulary import sha256 as tokens_sha256
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def load_tokenizer(folder: Path) -> Any:
     made = vocabulary_sha256(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
     if made != (found.sha256, found.bos, found.eos):  # by a class that adds tokens of its own
         raise UserError(
-            f"{folder / TOKENIZER_CONFIG}: transformers would add tokens to those of tokenizer.json; write "
-            "`PreTrainedTokenizerFast` for its tokenizer_class, which reads them as they are"
+            f"{folder / TOKENIZER_CONFIG}: transformers makes other tokens of it than tokenizer.json has; write "
+            f"{PLAIN} for its tokenizer_class, which reads them as they are, and name no tokens that it has not"
         )
     return tokenizer
 

@@ -17,7 +17,15 @@ TOKENIZER, TOKENIZER_CONFIG, SPECIAL, ADDED = (
     "added_tokens.json",
 )
 # Those of transformers 4.44 that read a Llama's tokenizer.json; one that it does not know it fails on.
-CLASSES = ("PreTrainedTokenizerFast", "LlamaTokenizer", "CodeLlamaTokenizer", "GPT2Tokenizer")
+# With the token for what is unknown that each puts in where none is named.
+CLASSES = {
+    "PreTrainedTokenizerFast": None,
+    "LlamaTokenizer": "<unk>",
+    "CodeLlamaTokenizer": "<unk>",
+    "GPT2Tokenizer": "<|endoftext|>",
+}
+PLAIN = "PreTrainedTokenizerFast"
+OTHER_ROLES = ("unk", "pad", "sep", "cls", "mask")
 ADDED_TOKEN = ("content", "lstrip", "rstrip", "normalized", "single_word", "special")
 PADDINGS = (1, 8, 16, 32, 64, 128, 256, 512)  # of a vocabulary's size, so that matrices have rounder ones
 
@@ -35,7 +43,7 @@ def read_vocabulary(folder: Path, settings: Settings) -> Vocabulary:
     """The folder's vocabulary; a UserError says which files do not fit together."""
     options = read_object(folder / TOKENIZER_CONFIG)
     others = [read_object(folder / name) for name in (SPECIAL, ADDED) if (folder / name).exists()]
-    _check_class(folder / TOKENIZER_CONFIG, options)
+    unknown = _unknown_token(folder / TOKENIZER_CONFIG, options)
     ids = _ids(folder / TOKENIZER)
     if "added_tokens_decoder" not in options:  # transformers 4.44 reads the older files then
         options = {**options, **(others[0] if (folder / SPECIAL).exists() else {})}
@@ -45,6 +53,8 @@ def read_vocabulary(folder: Path, settings: Settings) -> Vocabulary:
         raise UserError(
             f"{folder / TOKENIZER}: {tokens} tokens where vocab_size of {CONFIG} is {size}; take both from one model"
         )
+    for role in OTHER_ROLES:
+        _special(folder / TOKENIZER_CONFIG, role, {"unk_token": unknown, **options}, ids)
     bos, eos = (_special(folder / TOKENIZER_CONFIG, role, options, ids) for role in ("bos", "eos"))
     if bos is None:
         raise UserError(
@@ -70,13 +80,16 @@ def sha256(ids: Mapping[str, int]) -> str:
     return hashlib.sha256("".join(f"{i}\t{token}\n" for i, token in entries).encode()).hexdigest()
 
 
-def _check_class(path: Path, options: dict[str, Any]) -> None:
+def _unknown_token(path: Path, options: dict[str, Any]) -> str | None:
+    """The token for what is unknown that the folder's class of tokenizers takes unsaid."""
     name = options.get("tokenizer_class")
-    if not isinstance(name, str) or (name not in CLASSES and name.removesuffix("Fast") not in CLASSES):
+    known = next((one for one in CLASSES if name in (one, f"{one.removesuffix('Fast')}Fast")), None)
+    if known is None:
         raise UserError(
-            f"{path}: tokenizer_class: expected one of {', '.join(CLASSES)}, found {name!r}; write "
-            f"{CLASSES[0]}, which reads {TOKENIZER} as it is"
+            f"{path}: tokenizer_class: expected one of {', '.join(CLASSES)}, found {name!r}; write {PLAIN}, which "
+            f"reads {TOKENIZER} as it is"
         )
+    return CLASSES[known]
 
 
 def _ids(path: Path) -> dict[str, int]:
@@ -120,5 +133,8 @@ def _special(path: Path, role: str, options: dict[str, Any], ids: dict[str, int]
     if token is None:
         return None
     if not isinstance(content, str) or content not in ids:
-        raise UserError(f"{path}: its {role}_token {content!r} is not in {TOKENIZER}; take both from one model")
+        raise UserError(
+            f"{path}: its {role}_token {content!r} is not in {TOKENIZER}, and transformers would add it; take both "
+            f"from one model, or write {PLAIN} for tokenizer_class and name no {role}_token"
+        )
     return ids[content]

@@ -19,6 +19,7 @@ from kd.cli import main
 from kd.errors import UserError
 from kd.models.check import check_folder
 from kd.models.load import encode, load_model, load_tokenizer
+from kd.models.settings import check_exllamav2, read_settings
 
 TEXT = "Tom has 3 apples. He buys 14 more; how many apples does he have now?"
 FILES = [
@@ -193,6 +194,91 @@ def test_settings_that_would_be_another_model(changes: dict[str, Any], message: 
 def test_what_the_hubs_llamas_say_besides(changes: dict[str, Any], folder: Path, good: list[Any]) -> None:
     edit(folder / "config.json", **changes)
     assert outcome(folder) == good
+
+
+LLAMA_31_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+LLAMA_31_405B = {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 126,
+    "quantization_config": {
+        "quant_method": "exl2",
+        "version": "0.1.8",
+        "bits": 6.0,
+        "head_bits": 8,
+        "calibration": {"rows": 115, "length": 2048, "dataset": "(default)"},
+    },
+}
+LLAMA_32_1B = {
+    "head_dim": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "rope_scaling": LLAMA_31_8B["rope_scaling"] | {"factor": 32.0},  # type: ignore[operator]
+    "tie_word_embeddings": True,
+    "transformers_version": "4.45.0.dev0",
+}
+SMOLLM2_135M = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    "vocab_size": 49152,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA_31_405B, LLAMA_32_1B, SMOLLM2_135M])
+def test_the_settings_of_the_papers_models_are_read(changes: dict[str, Any], tmp_path: Path) -> None:
+    document = LLAMA_31_8B | changes
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    found = read_settings(tmp_path)
+    assert found.layers == document["num_hidden_layers"]
+    assert set(found.ends) <= {2, 128001, 128008, 128009}
+    check_exllamav2(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -413,9 +499,12 @@ def test_tokenizer_settings_that_do_not_fit(changes: dict[str, Any], message: st
 
 def test_a_class_that_adds_tokens_is_refused_and_the_advice_works(folder: Path, good: list[Any]) -> None:
     edit(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", unk_token="<unk>")
-    with pytest.raises(UserError, match=r"transformers would add tokens .* write `PreTrainedTokenizerFast`"):
-        load_tokenizer(folder)
-    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", unk_token=...)
+    said = "its unk_token '<unk>' is not in tokenizer.json, and transformers would add it"
+    assert said in refusal(folder)
+    edit(folder / "tokenizer_config.json", unk_token=...)  # the class has it unsaid
+    assert said in refusal(folder)
+    assert "or write PreTrainedTokenizerFast for tokenizer_class and name no unk_token" in refusal(folder)
+    edit(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     assert outcome(folder) == good
 
 
