@@ -192,7 +192,8 @@ def find_model(model: config.Model) -> Source:
             refusal = _told(lambda: check_folder(model.folder))
             return Source(name, None if refusal else model.path, refusal)
         case config.HubModel() if hub.is_cached(model):
-            return Source(name, str(hub.snapshot(model)))
+            refusal = _told(lambda: check_folder(hub.snapshot(model)))
+            return Source(name, None if refusal else str(hub.snapshot(model)), refusal)
         case config.HubModel():
             return Source(name, None, _refusal(model))
 

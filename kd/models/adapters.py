@@ -32,6 +32,7 @@ PLAIN: dict[str, Any] = {
     "use_rslora": False,
 }
 UNREAD = ("auto_mapping", "inference_mode", "lora_dropout", "megatron_core")  # in merging
+WRITTEN = ("base_model_name_or_path", "lora_alpha", "lora_dropout", "peft_type", "r", "target_modules")
 
 
 def adapter_folder(config: Config, experiment: str) -> Path | None:
@@ -46,20 +47,11 @@ def adapter_folder(config: Config, experiment: str) -> Path | None:
     folder = config.artifacts / "adapters" / name
     if not folder.exists():
         raise UserError(f"{folder}: no such adapter; run `kd train {name}`")
+    mend = f"run `kd train {name}` again"
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):  # peft would unpickle another file in place of weights
         if not (folder / file).is_file():
-            raise UserError(f"{folder}: no {file}; run `kd train {name}` again")
-    mend = f"run `kd train {name}` again"
-    wanted = _wanted(config)
-    for key, value in read_object(folder / ADAPTER_CONFIG, mend).items():
-        if key in UNREAD or (key == "task_type" and value in (None, "CAUSAL_LM")):
-            continue
-        if key not in wanted:
-            raise UserError(f"{folder / ADAPTER_CONFIG}: {key} {value!r}, of which `kd train` knows nothing; {mend}")
-        if _in_order(value) != wanted[key]:
-            raise UserError(
-                f"{folder / ADAPTER_CONFIG}: {key} is {value!r}, not {wanted[key]!r} as these params train it; {mend}"
-            )
+            raise UserError(f"{folder}: no {file}; {mend}")
+    _check_settings(folder / ADAPTER_CONFIG, config, mend)
     student = check_folder(model_folder(config.student.model), "transformers").settings
     _check_tensors(folder / ADAPTER_WEIGHTS, student, config.distill.lora, mend)
     return folder
@@ -82,6 +74,22 @@ def load_student(folder: Path, dtype: Dtype, adapter: Path | None, device: str) 
     """The student, with an adapter merged into its weights in memory where one is given."""
     model = load_model(folder, dtype, device)
     return model if adapter is None else with_adapter(model, adapter).merge_and_unload()
+
+
+def _check_settings(path: Path, config: Config, mend: str) -> None:
+    """Refuse an adapter's settings that are not those which these params train."""
+    wanted, settings = _wanted(config), read_object(path, mend)
+    if missing := set(WRITTEN) - settings.keys():
+        raise UserError(f"{path}: no {some(missing)}; {mend}")
+    if type(settings["lora_dropout"]) not in (int, float):
+        raise UserError(f"{path}: lora_dropout is {settings['lora_dropout']!r}, no number; {mend}")
+    for key, value in settings.items():
+        if key in UNREAD or (key == "task_type" and value in (None, "CAUSAL_LM")):
+            continue
+        if key not in wanted:
+            raise UserError(f"{path}: {key} {value!r}, of which `kd train` knows nothing; {mend}")
+        if _in_order(value) != wanted[key]:
+            raise UserError(f"{path}: {key} is {value!r}, not {wanted[key]!r} as these params train it; {mend}")
 
 
 def _wanted(config: Config) -> dict[str, Any]:

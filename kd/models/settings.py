@@ -7,7 +7,6 @@ twice the last; any of these is another model without a word. So every key is kn
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from kd.errors import UserError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 LFS = b"version https://git-lfs"
+LARGEST = 1e30  # of a number that means something here
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 WHOLE = "take the model's whole folder anew"
 
@@ -32,7 +32,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -LARGEST < value < LARGEST  # and so no NaN
 
 
 def _is_positive(value: Any) -> bool:

@@ -201,8 +201,8 @@ def _together(headers: dict[Path, Header]) -> dict[str, tuple[Path, Tensor]]:
 
 def _check_tensors(folder: Path, settings: Settings, found: dict[str, tuple[Path, Tensor]]) -> None:
     shapes = expected(settings)
-    if settings.tied and HEAD in found:
-        _check_tied(found)
+    if settings.tied and HEAD in found and EMBEDDING in found:
+        _check_tied(found[HEAD], found[EMBEDDING])
         shapes[HEAD] = shapes[EMBEDDING]
     for name, (path, tensor) in found.items():
         if name not in shapes and not FREQUENCIES.fullmatch(name):
@@ -228,17 +228,16 @@ def _check_tensors(folder: Path, settings: Settings, found: dict[str, tuple[Path
             )
 
 
-def _check_tied(found: dict[str, tuple[Path, Tensor]]) -> None:
+def _check_tied(one: tuple[Path, Tensor], other: tuple[Path, Tensor]) -> None:
     """A head beside the embedding that it is tied to must be the same: which of both is read, no one says."""
-    (path, head), (_, embedding) = found[HEAD], found[EMBEDDING] if EMBEDDING in found else found[HEAD]
-    other = found.get(EMBEDDING, (path, head))[0]
-    with path.open("rb") as one, other.open("rb") as two:
-        one.seek(head.start)
-        two.seek(embedding.start)
+    (path, head), (beside, embedding) = one, other
+    with path.open("rb") as first, beside.open("rb") as second:
+        first.seek(head.start)
+        second.seek(embedding.start)
         left, same = head.end - head.start, head[:2] == embedding[:2]
         while same and left:
             size = min(left, COPIED_BYTES)
-            same, left = one.read(size) == two.read(size), left - size
+            same, left = first.read(size) == second.read(size), left - size
     if not same:
         raise UserError(
             f"{path}: {HEAD} is not the embedding, though {CONFIG} says `tie_word_embeddings: true`; set it to false "

@@ -62,6 +62,7 @@ def refusal() -> str:
         ("rank_pattern", {"q_proj": 2}),
         ("alpha_pattern", {"q_proj": 2}),
         ("init_lora_weights", "pissa"),
+        ("lora_dropout", "x"),
         ("exclude_modules", ["q_proj"]),  # of a newer peft
     ],
 )
@@ -70,6 +71,13 @@ def test_settings_that_would_merge_something_else(key: str, value: Any, adapter:
     assert str(FOLDER / ADAPTER_CONFIG) in refusal()
     assert key in refusal()
     assert AGAIN in refusal()
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"])
+def test_settings_that_peft_would_fill_in(key: str, adapter: dict[str, Any]) -> None:
+    del adapter[key]
+    (FOLDER / ADAPTER_CONFIG).write_text(json.dumps(adapter))
+    assert f"no {key}; {AGAIN}" in refusal()
 
 
 @pytest.mark.usefixtures("adapter")

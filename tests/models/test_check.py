@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from kd.errors import UserError
 from kd.models.check import check_folder
 from kd.models.load import encode, load_model, load_tokenizer
 from kd.models.settings import check_exllamav2, read_settings
+from kd.models.weights import expected
 
 TEXT = "Tom has 3 apples. He buys 14 more; how many apples does he have now?"
 FILES = [
@@ -135,9 +137,9 @@ def test_a_key_of_config_gone_doubled_or_of_another_type(key: str, folder: Path,
     for other in (document[key], 7):
         path.write_text(text.rstrip()[:-1] + f", {json.dumps(key)}: {json.dumps(other)}}}")
         assert f"{key!r} stands twice" in refusal(folder)
-    for other in (None, "x", -1, 0, 1.5, 10**30, True, [], {}, [1], {"a": 1}, float("nan")):
+    for other in (None, "x", -1, 0, 1.5, 10**30, 10**400, True, [], {}, [1], {"a": 1}, float("nan")):
         path.write_text(json.dumps(document | {key: other}))
-        if key not in ("rms_norm_eps", "rope_theta") or type(other) not in (int, float) or not other > 0:
+        if key not in ("rms_norm_eps", "rope_theta") or type(other) not in (int, float) or not 0 < other < 1e30:
             refused_or_the_same(folder, good)
 
 
@@ -417,6 +419,23 @@ def test_shards_are_all_there_and_no_others(sharded: Path, good: list[Any]) -> N
     index.write_text(named)
     shutil.copy(shards[0], sharded / WEIGHTS)
     assert "two sets of weights" in refusal(sharded)
+
+
+def test_of_hundreds_of_gigabytes_the_headers_are_read(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    sizes = {key: LLAMA_31_405B[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    edit(folder / "config.json", num_key_value_heads=8, num_hidden_layers=126, **sizes)
+    named = {}
+    for number, (name, shape) in enumerate(expected(read_settings(folder)).items()):
+        shard = named[name] = f"model-{number:05}.safetensors"
+        size = 2 * math.prod(shape)
+        entry = {"dtype": "BF16", "shape": shape, "data_offsets": [0, size]}
+        header = json.dumps({"__metadata__": {"format": "pt"}, name: entry}).encode()
+        (folder / shard).write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(folder / shard, 8 + len(header) + size)  # a hole
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": named}))
+    assert sum(path.stat().st_size for path in folder.iterdir()) > 500e9
+    assert not check_folder(folder, "transformers").quantized
 
 
 def quantize(folder: Path) -> None:
