@@ -129,11 +129,13 @@ def make_llama(folder: Path, size: Size) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = LlamaConfig(**size.llama, max_position_embeddings=2048, rope_theta=500000.0, tie_word_embeddings=False)
+    more = {"max_position_embeddings": 2048, "rope_theta": 500000.0, "tie_word_embeddings": False, "bos_token_id": 0}
+    config = LlamaConfig(**size.llama, **more)
     with torch.device(device()):
         model = LlamaForCausalLM(config).half()
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>"))
+    words = {"<s>": 0} | {str(number): number for number in range(1, size.llama["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -23,6 +24,7 @@ Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # becomes a folder or stage name
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Protocol = Literal["published", "aligned"]
 Quirk = Literal["teacher-order", "label-shift", "bos", "prompt-offset"]
@@ -65,6 +67,11 @@ class FolderDataset(Params):
     train_rows: Count
     test_rows: Count
 
+    @property
+    def folder(self) -> Path:
+        """Where they lie; `~` stands for the home folder, as in a shell."""
+        return _home(self.path)
+
 
 class HubDataset(Params):
     """GSM8K through `datasets`, at a pinned revision."""
@@ -91,6 +98,11 @@ class FolderModel(Params):
 
     source: Literal["folder"]
     path: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies; `~` stands for the home folder, as in a shell."""
+        return _home(self.path)
 
 
 class HubModel(Params):
@@ -132,11 +144,17 @@ class Student(Params):
 
 
 class Lora(Params):
-    """Low-rank adaptation; the dropout is each adapter's own."""
+    """Low-rank adaptation of a Llama's projections; the dropout is each adapter's own."""
 
     rank: Count
     alpha: Count
-    target_modules: list[str] = Field(min_length=1)
+    target_modules: list[Projection] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Lora:
+        if len(set(self.target_modules)) < len(self.target_modules):
+            raise ValueError("target_modules: a projection stands twice; name each once")
+        return self
 
 
 class Distill(Params):
@@ -333,6 +351,11 @@ def choose(name: str, known: dict[str, Any] | list[str], what: str, key: str) ->
     """Refuse a name given on the command line that is not among the `known` ones under `key`."""
     if name not in known:
         raise UserError(f"{name}: unknown {what}, {_expected(name, list(known))} (`{key}` in the params file)")
+
+
+def _home(path: str) -> Path:
+    """A path as a shell takes it; `~` before a name that is no user's stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises there)
 
 
 def _require(value: str, known: dict[str, Any] | list[str], key: str, what: str) -> None:

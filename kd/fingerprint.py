@@ -29,8 +29,8 @@ KEY_DIGITS = 16
 # What cannot change a result: what is said, who does which part and who may begin, on which disk, how bytes come here
 # that are compared with a checksum, and how params are read, whose values are in every key.
 NEUTRAL = frozenset(
-    "kd kd.cli kd.config kd.errors kd.fingerprint kd.io.distributed kd.io.download kd.io.lock kd.io.place kd.io.progress "
-    "kd.io.stopping kd.models.hub".split()
+    "kd kd.cli kd.config kd.errors kd.fingerprint kd.io.distributed kd.io.download kd.io.lock kd.io.place "
+    "kd.io.progress kd.io.stopping kd.models.hub".split()
 )
 WEIGHTS = "*.safetensors"
 READ_WITH_WEIGHTS = ("*.json", "*.model")  # configuration and tokenizer

@@ -6,7 +6,6 @@ and DVC, which does not look into folders that params name, sees by what it writ
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from kd import config
@@ -17,7 +16,8 @@ from kd.fingerprint import model_sha256, versions
 from kd.io.files import sha256, whole_folder, write_json
 from kd.io.place import refuse_results_folder
 from kd.models import smollm2
-from kd.models.load import check_folder
+from kd.models.check import Backend, check_folder
+from kd.models.load import refuse_two_vocabularies
 
 FOLDER = "inputs"
 
@@ -28,9 +28,10 @@ def write_inputs(params: Config) -> dict[str, Any]:
     refuse_results_folder(params.artifacts)
     found = {
         "data": _data(params.dataset),
-        "teacher": _model(params.teacher.model),
-        "student": _model(params.student.model),
+        "teacher": _model(params.teacher.model, params.teacher.backend),
+        "student": _model(params.student.model, "transformers"),
     }
+    refuse_two_vocabularies(params.teacher.model, params.student.model)
     with whole_folder(params.artifacts / FOLDER) as work:
         for name, one in found.items():
             write_json(work / f"{name}.json", one)
@@ -51,7 +52,7 @@ def _data(dataset: config.Dataset) -> dict[str, Any]:
             return {"source": dataset.source, "files": {path.name: sha256(path) for path in files}}
 
 
-def _model(model: config.Model) -> dict[str, Any]:
+def _model(model: config.Model, backend: Backend) -> dict[str, Any]:
     """A model of the Hub by its revision, which pins its bytes: it need not be here to train on a store that is."""
     match model:
         case config.BundledModel():
@@ -59,6 +60,5 @@ def _model(model: config.Model) -> dict[str, Any]:
         case config.HubModel():
             return {"source": model.source, "name": model.name, "revision": model.revision}
         case config.FolderModel():
-            folder = Path(model.path)
-            check_folder(folder)
-            return {"source": model.source, "sha256": model_sha256(folder)}
+            check_folder(model.folder, backend)
+            return {"source": model.source, "sha256": model_sha256(model.folder)}

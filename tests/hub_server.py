@@ -5,18 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load, save
+from tiny import make_tiny_llama
+
 NAME, REVISION = "someone/some-model", "5" * 40
-FILES = {
-    "config.json": b'{"model_type": "llama"}',
-    "tokenizer.json": b'{"model": {}}' * 100,
-    "model-00001-of-00002.safetensors": bytes(range(256)) * 4_000,
-    "model-00002-of-00002.safetensors": bytes(range(255, -1, -1)) * 2_000,
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def model() -> dict[str, bytes]:
+    """The files of a small Llama with its weights in two, the first of 1.4 MB and the second of 0.4 MB."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = make_tiny_llama(Path(name), hidden_size=256, num_hidden_layers=1)
+        tensors = load((folder / "model.safetensors").read_bytes())
+        (folder / "model.safetensors").unlink()
+        head = {"lm_head.weight": tensors.pop("lm_head.weight")}
+        shards = {FIRST: tensors, SECOND: head}
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files |= {name: save(tensors, {"format": "pt"}) for name, tensors in shards.items()}
+    index = {name: shard for shard, tensors in shards.items() for name in tensors}
+    return files | {"model.safetensors.index.json": json.dumps({"weight_map": index}).encode()}
+
+
+FILES = model() | {
     "pytorch_model.bin": b"a pickle",
     "modeling_llama.py": b"raise SystemExit('remote code')",
     "README.md": b"# A model\n",

@@ -9,11 +9,11 @@ from kd.config import Config
 from kd.data.rows import read_examples
 from kd.distill.step import States
 from kd.distill.train import evaluate
-from kd.errors import UserError, finite
+from kd.errors import finite
 from kd.io.files import as_json, write_whole_file
 from kd.io.progress import progress
 from kd.models.adapters import adapter_folder, load_student
-from kd.models.load import context_length, default_device, load_tokenizer, model_folder, vocabulary_sha256
+from kd.models.load import context_length, default_device, load_tokenizer, model_folder, refuse_two_vocabularies
 from kd.protocol.alignment import match_examples
 from kd.protocol.reading import teacher_reading
 from kd.store.records import Reading
@@ -33,7 +33,7 @@ def measure(config: Config, experiment: str) -> dict[str, Any]:
     folder = model_folder(config.student.model)
     tests = read_examples(config.artifacts / "data" / "test.jsonl")
     tokenizer = load_tokenizer(folder)
-    _refuse_another_tokenizer(config, tokenizer)
+    refuse_two_vocabularies(config.teacher.model, config.student.model)
     adapter, device = adapter_folder(config, experiment), default_device()
     readings = {
         prompt: [teacher_reading(tokenizer, "aligned", prompt, example) for example in tests]
@@ -43,11 +43,6 @@ def measure(config: Config, experiment: str) -> dict[str, Any]:
     student = load_student(folder, config.student.dtype, adapter, device)
     teacher = backends.load(config.teacher, longest)
     head = teacher.head().to(device)
-    if head.vocabulary_size != student.config.vocab_size:
-        raise UserError(
-            f"the teacher has {head.vocabulary_size} logits, the student {student.config.vocab_size}; "
-            "choose a teacher and a student with one vocabulary"
-        )
     settings = config.distill.model_copy(update={"temperature": 1.0})
     divergence = {}
     for prompt, wanted in readings.items():
@@ -66,13 +61,6 @@ def _prompts(config: Config, experiment: str) -> list[str]:
     adapter = config.experiments[experiment].adapter
     prompt = config.adapters[adapter].prompt if adapter else None
     return [prompt] if prompt else config.prompts
-
-
-def _refuse_another_tokenizer(config: Config, tokenizer: Any) -> None:
-    """As training does: a token id has to be the same token on both sides."""
-    folder = model_folder(config.teacher.model)
-    if vocabulary_sha256(load_tokenizer(folder)) != vocabulary_sha256(tokenizer):
-        raise UserError(f"{folder}: the teacher's tokenizer is not the student's; teacher and student must share one")
 
 
 def _states(teacher: backends.LoadedTeacher, readings: list[Reading], batch_rows: int, what: str) -> States:

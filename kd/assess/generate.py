@@ -83,15 +83,19 @@ def _one_at_a_time(student: Any, rows: Sequence[Row], ending: Ending) -> Iterato
 
 @torch.inference_mode()
 def _generate(student: Any, row: Row, ending: Ending) -> list[int]:
+    from transformers import GenerationConfig
+
     ids = torch.tensor([row.prompt], device=student.device)
-    output = student.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+    plainly = GenerationConfig(  # and not as the model's own settings have it, which batches know nothing of
         max_new_tokens=row.limit,
         do_sample=False,
-        temperature=None,
-        top_p=None,
+        eos_token_id=sorted(ending.end_ids) or None,
         pad_token_id=min(ending.end_ids, default=0),  # nothing is padded; it only silences a warning
+    )
+    output = student.generate(
+        ids,
+        plainly,
+        attention_mask=torch.ones_like(ids),
         logits_processor=[_refuse_nan],
         stopping_criteria=[_stops_when(row, ending)],
     )

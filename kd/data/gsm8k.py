@@ -35,7 +35,7 @@ def prepare(dataset: config.Dataset, seed: int, target: Path) -> None:
 def source_files(dataset: config.FolderDataset) -> list[Path]:
     """The files of a folder that `prepare` reads."""
     kinds = ("", "_socratic") if dataset.answers == "socratic" else ("",)
-    return [Path(dataset.path, f"{split}{kind}.jsonl") for split in ("train", "test") for kind in kinds]
+    return [dataset.folder / f"{split}{kind}.jsonl" for split in ("train", "test") for kind in kinds]
 
 
 def _load(dataset: config.Dataset, seed: int) -> dict[str, list[Example]]:
@@ -43,7 +43,7 @@ def _load(dataset: config.Dataset, seed: int) -> dict[str, list[Example]]:
         case config.MiniatureDataset():
             return _miniature(dataset, seed)
         case config.FolderDataset():
-            return {split: _folder_split(Path(dataset.path), split, dataset.answers) for split in ("train", "test")}
+            return {split: _folder_split(dataset.folder, split, dataset.answers) for split in ("train", "test")}
         case config.HubDataset():
             return {split: _hub_split(dataset, split) for split in ("train", "test")}
 

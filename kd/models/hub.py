@@ -45,6 +45,7 @@ NEEDED = {
     "config.json": "a model configuration",
     "*.safetensors": "weights as safetensors",
     "tokenizer.json": "a fast tokenizer",
+    "tokenizer_config.json": "the tokenizer's settings",
 }
 # Weights, configurations and tokenizer at the top of a repository; no pickles, no code, no second copies in folders.
 _TAKEN = re.compile(r"[^/]+\.(safetensors|json)|tokenizer\.model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 from kd import config
 from kd.errors import UserError
 from kd.models import hub, smollm2
+from kd.models.check import check_folder
+from kd.models.settings import GENERATION
+from kd.models.vocabulary import PLAIN, TOKENIZER_CONFIG
+from kd.models.vocabulary import sha256 as tokens_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +44,7 @@ def model_folder(model: config.Model) -> Path:
         case config.BundledModel():
             folder = smollm2.folder(cache_folder())
         case config.FolderModel():
-            folder = Path(model.path)
+            folder = model.folder
         case config.HubModel():
             folder = _hub_folder(model)
     check_folder(folder)
@@ -54,7 +57,7 @@ def is_here(model: config.Model) -> bool:
         case config.BundledModel():
             return True
         case config.FolderModel():
-            return Path(model.path).is_dir()
+            return model.folder.is_dir()
         case config.HubModel():
             return hub.is_cached(model)
 
@@ -74,27 +77,34 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's fast tokenizer."""
     from transformers import AutoTokenizer
 
+    found = check_folder(folder).vocabulary
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-    if tokenizer.bos_token_id is None:
-        raise UserError(f"{folder}: its tokenizer has no BOS token, which the protocol puts before each text")
+    made = vocabulary_sha256(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
+    if made != (found.sha256, found.bos, found.eos):  # by a class that adds tokens of its own
+        raise UserError(
+            f"{folder / TOKENIZER_CONFIG}: transformers makes other tokens of it than tokenizer.json has; write "
+            f"{PLAIN} for its tokenizer_class, which reads them as they are, and name no tokens that it has not"
+        )
     return tokenizer
 
 
 def context_length(folder: Path) -> int:
     """The most tokens that the folder's model was made to read at once."""
-    from transformers import AutoConfig
-
-    length: int = AutoConfig.from_pretrained(folder, trust_remote_code=False).max_position_embeddings
-    return length
+    return check_folder(folder).settings.context
 
 
-def skeleton(folder: Path) -> Any:
-    """The folder's model without its weights: its modules' names and shapes, at no cost."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+def refuse_two_vocabularies(teacher: config.Model, student: config.Model) -> None:
+    """Refuse a teacher and a student of which a token id, or a logit, is not the same token; of models that are not
+    both on this machine nothing can be said yet."""
+    if teacher == student or not (is_here(teacher) and is_here(student)):
+        return
+    theirs, ours = (check_folder(model_folder(model)) for model in (teacher, student))
+    both, mend = f"{model_name(teacher)}, {model_name(student)}", "choose a teacher and a student with one vocabulary"
+    sizes = theirs.settings.vocab_size, ours.settings.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(f"{both}: the teacher has {sizes[0]} logits, the student {sizes[1]}; {mend}")
+    if theirs.vocabulary.sha256 != ours.vocabulary.sha256:
+        raise UserError(f"{both}: the teacher's tokens are not the student's, though equally many; {mend}")
 
 
 def load_model(folder: Path, dtype: config.Dtype, device: str, attention: str | None = None) -> Any:
@@ -105,6 +115,8 @@ def load_model(folder: Path, dtype: config.Dtype, device: str, attention: str | 
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_folder(folder, "transformers")
+    _check_generation(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         torch_dtype=getattr(torch, dtype),
@@ -145,8 +157,7 @@ def pad_right(batch: list[list[int]], shortest: int = 1) -> torch.Tensor:
 
 def vocabulary_sha256(tokenizer: Any) -> str:
     """A fingerprint of the tokenizer's vocabulary: which id stands for which token."""
-    entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
-    return hashlib.sha256("".join(f"{i}\t{token}\n" for i, token in entries).encode()).hexdigest()
+    return tokens_sha256(tokenizer.get_vocab())
 
 
 def _hub_folder(model: config.HubModel) -> Path:
@@ -155,9 +166,18 @@ def _hub_folder(model: config.HubModel) -> Path:
     return hub.snapshot(model)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not whole as a model."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder")
-    for pattern in hub.missing(path.name for path in folder.iterdir()):
-        raise UserError(f"{folder}: no {pattern}; a model folder needs {hub.NEEDED[pattern]}")
+def _check_generation(folder: Path) -> None:
+    """Refuse generation settings that transformers does not take, though only their end tokens are used here: it
+    reads them when it has loaded the weights."""
+    from transformers import GenerationConfig
+
+    path = folder / GENERATION
+    if not path.exists():
+        return
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # its checks of single values
+        raise UserError(
+            f"{path}: transformers does not take it ({' '.join(str(error).split())}); leave only its eos_token_id, for "
+            "no other setting is used"
+        ) from None

@@ -20,7 +20,7 @@ from kd.io.distributed import take_gpus, this_process, wait_for_others
 from kd.io.files import put_in_place, remove_stale, unfinished_folder, whole_folder
 from kd.io.progress import progress
 from kd.io.stopping import what_is_kept
-from kd.models.load import load_tokenizer, model_folder, vocabulary_sha256
+from kd.models.load import load_tokenizer, model_folder, refuse_two_vocabularies, vocabulary_sha256
 from kd.paper import PROMPTS
 from kd.protocol.reading import has_bos, readings
 from kd.store.head import HEAD_FOLDER, read_head_manifest, write_head
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 def keep_head(config: Config) -> None:
     """Keep the teacher's final norm and output head, once for all prompts."""
+    refuse_two_vocabularies(config.teacher.model, config.student.model)
     teacher = backends.load(config.teacher, longest=1)
     with whole_folder(config.artifacts / "teacher" / HEAD_FOLDER) as work:
         write_head(work, backends.identity(config.teacher), teacher.head())

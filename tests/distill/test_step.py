@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from adapted import student
 
-from kd.config import Distill, load_config
+from kd.config import Distill, Projection, load_config
 from kd.distill import checkpoint
 from kd.distill.lean import Adapters, Joined
 from kd.distill.step import Batch, Descent, EagerStep, deterministic, make_batch, make_step
@@ -41,7 +42,7 @@ def examples() -> tuple[list[Match], dict[str, torch.Tensor]]:
     return matches, states
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "o_proj"], ["v_proj", "up_proj", "down_proj"]])
+@pytest.mark.parametrize("targets", [[*get_args(Projection)], ["v_proj", "up_proj", "down_proj"]])
 def test_lean_forward_is_pefts(tiny_llama: Path, settings: Distill, head: TeacherHead, targets: list[str]) -> None:
     model = student(tiny_llama, targets)
     matches, states = examples()

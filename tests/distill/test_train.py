@@ -9,17 +9,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from commands import contents, unfinished
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny import make_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.cli import main
+from kd.config import Projection
 from kd.data.rows import read_examples
+from kd.models.adapters import load_student
 from kd.protocol.reading import primed
 
 ADAPTER = Path("artifacts/mini/adapters/teacher-kd")
@@ -305,19 +308,19 @@ def test_a_signal_and_a_full_disk_end_with_what_is_kept(
 def test_vocabulary_of_teacher_and_student_must_be_one(
     ready: dict[str, Any],
     write_params: Callable[[dict[str, Any]], None],
-    tiny_llama: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other = tmp_path / "wider"
-    shutil.copytree(tiny_llama, other)
-    model = AutoModelForCausalLM.from_pretrained(other)
-    model.resize_token_embeddings(model.config.vocab_size + 8)
-    model.save_pretrained(other)
+    other = make_tiny_llama(tmp_path / "wider", vocabulary=408)
     ready["student"]["model"] = {"source": "folder", "path": str(other)}
     write_params(ready)
     assert main(["train", "teacher-kd"]) == 2
-    assert "the teacher has 400 logits, the student 408" in capsys.readouterr().err
+    assert "the teacher has 400 logits, the student 408; choose a teacher and a student" in capsys.readouterr().err
+    teacher = Path(ready["teacher"]["model"]["path"])
+    ready["teacher"]["model"]["path"] = "elsewhere"  # its store alone is here
+    write_params(ready)
+    assert main(["train", "teacher-kd"]) == 2
+    assert f"captured from {teacher}" in capsys.readouterr().err
 
 
 def test_over_long_examples_are_counted_on_stderr_and_in_the_card(
@@ -340,10 +343,41 @@ def test_batches_of_several_examples_make_fewer_steps(
     assert len(losses(ADAPTER)) == 6
 
 
-def test_a_module_that_the_student_has_not_is_named(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "target",
+    ["k_prj", "lm_head", "embed_tokens", "norm", "input_layernorm", "self_attn", "model", "layers.0.q_proj", ""],
+)
+def test_only_projections_are_tuned(
+    target: str,
+    ready: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ready["distill"]["lora"]["target_modules"] = ["q_proj", "k_prj"]
+    ready["distill"]["lora"]["target_modules"] = ["q_proj", target]
     write_params(ready)
     assert main(["train", "fine-tuning"]) == 2
-    assert "target_modules: the student has no module 'k_prj', only " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "distill.lora.target_modules.1: expected 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj'" in error
+    assert error.count("\n") == 1
+    ready["distill"]["lora"]["target_modules"] = ["q_proj", "q_proj"]
+    write_params(ready)
+    assert main(["train", "fine-tuning"]) == 2
+    assert "target_modules: a projection stands twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("targets", [[*get_args(Projection)], ["up_proj"], ["down_proj", "v_proj"]])
+def test_every_projection_that_is_offered_is_trained_saved_merged_and_assessed(
+    targets: list[str], ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], tiny_llama: Path
+) -> None:
+    ready["distill"]["lora"]["target_modules"] = targets
+    write_params(ready)
+    for command in ("train", "assess"):
+        assert main([command, "fine-tuning"]) == 0
+    folder = Path("artifacts/mini/adapters/fine-tuning")
+    trained = load_file(folder / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in trained} == set(targets)
+    assert all(tensor.any() for tensor in trained.values())  # B starts at zero
+    merged = load_student(tiny_llama, "float32", folder, "cpu")
+    base = load_file(tiny_llama / "model.safetensors")
+    changed = {name.split(".")[-2] for name, p in merged.named_parameters() if not torch.equal(p, base[name])}
+    assert changed == set(targets)

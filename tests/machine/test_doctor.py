@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from hub_server import NAME, REVISION, Hub
+from tiny import make_tiny_llama
 
 from kd import config
 from kd.cli import main
@@ -37,6 +38,7 @@ FIT = Machine(
     gpus=(H100,) * 4,
     driver="550.54.15",
     extension="",
+    vocabularies="",
 )
 
 
@@ -258,9 +260,10 @@ def test_a_folder_of_data_or_of_a_model_must_have_its_files(tmp_path: Path) -> N
     assert probe.find_data(params).found == str(tmp_path)
     model = config.FolderModel(source="folder", path=str(tmp_path))
     assert probe.find_model(model).found is None
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (tmp_path / name).touch()
-    assert probe.find_model(model).found == str(tmp_path)
+    make_tiny_llama(tmp_path)
+    assert probe.find_model(model) == Source(str(tmp_path), str(tmp_path))
+    (tmp_path / "config.json").write_text("")
+    assert "config.json: not readable as JSON" in (probe.find_model(model).refusal or "")
 
 
 def test_a_disk_is_found_before_its_folder_is_made(tmp_path: Path) -> None:

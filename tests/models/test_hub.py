@@ -19,16 +19,15 @@ from typing import Any
 import hub_server
 import pytest
 from conftest import REPOSITORY
-from hub_server import NAME, REVISION, TAKEN, Hub, send
+from hub_server import FIRST, NAME, REVISION, SECOND, TAKEN, Hub, send
 from ruamel.yaml import YAML
+from tiny import make_tiny_llama
 
 from kd.cli import main
 from kd.config import HubModel
 from kd.models import hub
 
 MODEL = HubModel(source="hub", name=NAME, revision=REVISION)
-FIRST = "model-00001-of-00002.safetensors"
-SECOND = "model-00002-of-00002.safetensors"
 TOKEN = "hf_SecretOfOurs"
 
 
@@ -135,6 +134,21 @@ def test_a_later_run_goes_on_where_an_earlier_one_failed(server: Hub, capsys: py
     assert [asked.range for asked in server.asked if SECOND in asked.path][-1] == "bytes=100000-"
 
 
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("name", [FIRST, "config.json", "tokenizer.json"])
+def test_a_cut_blob_of_the_cache_is_said_and_the_advice_mends_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "fetch"]) == 0
+    blob = (hub.snapshot(MODEL) / name).resolve()
+    blob.write_bytes(blob.read_bytes()[:-5])
+    assert main(["models", "fetch"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"kd: {hub.snapshot(MODEL) / name}: ")
+    assert f"remove {blob} and run `kd models fetch`" in error
+    blob.unlink()
+    assert main(["models", "fetch"]) == 0
+    assert fetched() == TAKEN
+
+
 def test_a_server_without_ranges_sends_the_file_anew(server: Hub) -> None:
     server.reply = broken
     assert main(["models", "fetch"]) == 1
@@ -163,8 +177,8 @@ def test_a_small_file_with_another_checksum_is_thrown_away(server: Hub, capsys: 
     server.spoil = "config.json"
     assert main(["models", "fetch"]) == 1
     assert f"{NAME}/config.json: what came does not have the checksum" in capsys.readouterr().err
-    assert fetched() == {}
-    assert blobs() == set()
+    assert "config.json" not in fetched()
+    assert ".part" not in blobs()
 
 
 @pytest.mark.parametrize(
@@ -314,10 +328,7 @@ def test_the_library_finds_what_was_fetched(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_folder_needs_no_fetching_and_says_so(server: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Path("mine")
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / name).touch()
+    make_tiny_llama(Path("mine"))
     params = YAML(typ="safe").load(Path("params.yaml"))
     params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": "mine"}
     YAML().dump(params, Path("params.yaml"))

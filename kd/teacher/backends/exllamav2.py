@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kd import config
 from kd.errors import UserError
 from kd.io.progress import progress
+from kd.models.check import check_folder
 from kd.models.load import model_folder, pad_right
 from kd.store.head import TeacherHead
 
@@ -31,9 +32,8 @@ class ExLlamaV2Teacher:
     def __init__(self, teacher: config.Teacher, longest: int) -> None:
         library = _library(teacher)
         folder = model_folder(teacher.model)
+        check_folder(folder, "exllamav2")
         settings = library.ExLlamaV2Config(str(folder))
-        if settings.architecture != "LlamaForCausalLM":
-            raise UserError(f"{folder}: a {settings.architecture}; this backend reads Llama models")
         # Together they bound one forward and its scratch memory.
         settings.max_batch_size, settings.max_input_len = teacher.batch_rows, max(longest, SHORTEST_BUFFER)
         self.model = library.ExLlamaV2(settings)

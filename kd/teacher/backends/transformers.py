@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd import config
-from kd.errors import UserError
 from kd.models.load import default_device, load_model, model_folder, pad_right
 from kd.store.head import TeacherHead
 
@@ -18,10 +16,9 @@ class TransformersTeacher:
     """One teacher, loaded."""
 
     def __init__(self, teacher: config.Teacher) -> None:
-        folder = model_folder(teacher.model)
         self._device = default_device()
-        self._model = load_model(folder, teacher.dtype, self._device)
-        self._norm, self._head = final_modules(self._model, folder)
+        self._model = load_model(model_folder(teacher.model), teacher.dtype, self._device)
+        self._norm, self._head = self._model.model.norm, self._model.lm_head
 
     def states(self, batch: list[list[int]]) -> list[torch.Tensor]:
         """One forward over a batch without the head: per row the final hidden states before the norm."""
@@ -43,10 +40,3 @@ class TransformersTeacher:
     def head(self) -> TeacherHead:
         """The final norm and the output head, in the model's dtype."""
         return TeacherHead(self._norm.weight.detach(), self._head.weight.detach(), self._norm.variance_epsilon)
-
-
-def final_modules(model: Any, folder: Path) -> tuple[Any, Any]:
-    """The final RMS norm and the output head of a Llama-shaped model."""
-    if type(model).__name__ != "LlamaForCausalLM":
-        raise UserError(f"{folder}: a {type(model).__name__}; the transformers backend reads Llama models")
-    return model.model.norm, model.lm_head
