@@ -44,4 +44,5 @@ def _measure(config: Config, prompt: str) -> dict[str, Any]:
         "positions": positions,
         "questions": len(chosen),
         "published": MEAN_MAX_PROBABILITY.get(prompt),
+        "versions": opened.manifest.model.versions,
     }

@@ -10,6 +10,7 @@ import torch
 
 from kd.assess.decode import NOT_A_NUMBER, Row, decode
 from kd.io.progress import progress, show_state
+from kd.io.stopping import device_failed
 from kd.scoring.log import Response
 
 
@@ -76,7 +77,9 @@ def _one_at_a_time(student: Any, rows: Sequence[Row], ending: Ending) -> Iterato
     for row in rows:
         try:
             row.new = _generate(student, row, ending)
-        except RuntimeError as error:  # torch's; out of memory is one of them
+        except RuntimeError as error:
+            if not device_failed(error) and str(error) != NOT_A_NUMBER:
+                raise
             row.failure = " ".join(str(error).split())
         yield [row]
 

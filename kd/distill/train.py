@@ -65,7 +65,8 @@ def train(config: Config, experiment: str) -> None:
                 bar.set_postfix_str(f"loss {record.loss:.3f}", refresh=False)
         loss = evaluate(student.get_base_model(), lesson.check, None, None, config.distill).cross_entropy
         check_loss = finite(float(loss), f"{experiment}: its check loss", "lower `distill.learning_rate`")
-        write_json(work / CHECK, {"check_loss": check_loss, "rows": len(lesson.check)})
+        about = {"rows": len(lesson.check), "versions": fingerprint.versions(VERSIONS)}
+        write_json(work / CHECK, {"check_loss": check_loss} | about)
         with system_errors(work):
             save_adapter(student, config, experiment, lesson.matches, work)
         shutil.rmtree(checkpoints, ignore_errors=True)

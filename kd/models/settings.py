@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd.errors import UserError
+from kd.io.text import parse_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 LFS = b"version https://git-lfs"
@@ -194,8 +195,8 @@ def read_object(path: Path, mend: str = "") -> dict[str, Any]:
     if raw.startswith(LFS):
         raise UserError(f"{path}: a pointer of Git LFS, not the file; run `git lfs pull` in its folder, or {mend}")
     try:
-        document = json.loads(raw.decode(), object_pairs_hook=_no_key_twice)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(raw.decode())
+    except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error}); {mend}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a JSON object; {mend}")
@@ -207,14 +208,6 @@ def again(path: Path) -> str:
     if path.is_symlink():
         return f"remove {path.resolve()} and run `kd models fetch`, or whatever brought it, again"
     return "copy it again from where the model came from"
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return document
 
 
 def _quantization(path: Path, document: dict[str, Any]) -> str | None:

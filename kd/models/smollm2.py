@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,15 +61,18 @@ def folder(cache: Path) -> Path:
     """The converted model under `cache`, converting it on first use (some seconds, 540 MB)."""
     target = converted(cache)
     if not target.exists():
+        from filelock import FileLock
+
         source = gguf_file()
         with source.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != GGUF_SHA256:
             raise UserError(f"{source}: SHA-256 is {found}, not {GGUF_SHA256}; reinstall {PACKAGE}")
         insist_writable(cache, "set KD_CACHE to a folder of yours, for the converted model of 0.54 GB")
-        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        with whole_folder(target, partial) as work:
-            convert(source, work)
+        with FileLock(f"{target}.lock"):  # stages that begin together wait for the one that is first
+            if not target.exists():
+                with whole_folder(target) as work:
+                    convert(source, work)
     return target
 
 

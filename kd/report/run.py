@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,16 +126,26 @@ def _results(results: dict[str, Any]) -> list[Section]:
 
 def _provenance(config: Config, results: dict[str, Any]) -> list[Section]:
     params = [("Key", "Value"), *_flat(config.model_dump(include=set(PARAMS)))]
-    versions = [("Package", "Version"), ("Python", platform.python_version()), *results["versions"].items()]
+    versions = [("Result", "Libraries"), *_made_with(results["versions"])]
     about = (
         "The same parameters give the same bytes on one machine, so the artifacts record no times and no hardware; "
-        "dvc.lock ties these files to the commit that made them."
+        f"{config.artifacts}/runs/ beside them does. dvc.lock ties these files to the commit that made them."
     )
     return [
         Section("Parameters", folded("params.yaml, as far as it shapes these results", table(params, "params.yaml"))),
-        Section("Versions", table(versions, "Packages that made this report")),
+        Section("Versions", table(versions, "What the adapters and captures were made with")),
         Section("Files", paragraph(about) + table(_checksums(config), "Files behind this report, by SHA-256")),
     ]
+
+
+def _made_with(versions: Mapping[str, Mapping[str, Mapping[str, str]]]) -> Iterator[tuple[str, str]]:
+    """One row for all results of a kind that the same libraries made."""
+    for kind, results in versions.items():
+        said = {
+            name: ", ".join(f"{library} {found}" for library, found in one.items()) for name, one in results.items()
+        }
+        for libraries in dict.fromkeys(said.values()):
+            yield f"{kind}: {', '.join(name for name in said if said[name] == libraries)}", libraries
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 from kd.config import Config
@@ -21,6 +20,7 @@ PAIRS_TITLE = "Pairs on the same questions: McNemar's exact test, Holm-corrected
 
 def collect(config: Config, scores: Mapping[str, Score]) -> dict[str, Any]:
     """The results document: what was run and, per experiment, what it came to and what was published."""
+    prompts, trained = read_prompts(config), _trained(config)
     return {
         "profile": config.profile,
         "protocol": config.distill.protocol,
@@ -28,13 +28,19 @@ def collect(config: Config, scores: Mapping[str, Score]) -> dict[str, Any]:
         "dataset": config.dataset.model_dump(),
         "student": config.student.model_dump(),
         "teacher": config.teacher.model_dump(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        "prompts": read_prompts(config),
+        "versions": {  # of what made the results, wherever that was; not of the report
+            "training": {adapter: check["versions"] for adapter, check in trained.items()},
+            "teacher": {prompt: found["versions"] for prompt, found in prompts.items()},
+        },
+        "prompts": prompts,
         "experiments": {name: _result(name, scored) for name, scored in scores.items()},
         "comparisons": [
             asdict(pair) for pair in compare_pairs({name: scored.right for name, scored in scores.items()}, config.seed)
         ],
-        "check_losses": _check_losses(config),
+        "check_losses": {
+            adapter: {"check_loss": check["check_loss"], "published": CHECK_LOSSES.get(adapter)}
+            for adapter, check in trained.items()
+        },
     }
 
 
@@ -127,16 +133,14 @@ def _result(experiment: str, scored: Score) -> dict[str, Any]:
     }
 
 
-def _check_losses(config: Config) -> dict[str, Any]:
-    """The original's check of each adapter that is there: mean cross entropy over the test rows, misaligned as in its
-    training, beside the published one."""
-    found = {}
-    for adapter in config.adapters:
-        path = config.artifacts / "adapters" / adapter / CHECK
-        if path.exists():
-            loss = read_json(path, f"the check loss that `kd train {adapter}` writes")["check_loss"]
-            found[adapter] = {"check_loss": loss, "published": CHECK_LOSSES.get(adapter)}
-    return found
+def _trained(config: Config) -> dict[str, dict[str, Any]]:
+    """What training left beside each adapter that is there: the original's check, mean cross entropy over the test
+    rows, misaligned as in its training, and the libraries' versions."""
+    return {
+        adapter: read_json(path, f"the check loss that `kd train {adapter}` writes")
+        for adapter in config.adapters
+        if (path := config.artifacts / "adapters" / adapter / CHECK).exists()
+    }
 
 
 def check_rows(losses: dict[str, Any]) -> list[tuple[str, ...]]:
