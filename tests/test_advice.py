@@ -240,6 +240,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("rates", ["distill", "search"])
+def test_a_search_that_diverges_goes_on_at_the_rate_that_the_message_names(
+    rates: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    params = YAML(typ="safe").load(Path("params.yaml"))
+    params["search"] |= {"trials": 1, "eval_rows": 2}
+    for bad in (True, False):
+        rate = 1e30 if bad else 1e-3
+        params[rates]["learning_rate"] = [rate, 2 * rate] if rates == "search" else rate
+        YAML().dump(params, Path("params.yaml"))
+        capsys.readouterr()
+        assert main(["search", "base-kd"]) == (2 if bad else 0)
+        assert not bad or f"lower `{rates}.learning_rate`" in capsys.readouterr().err
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
