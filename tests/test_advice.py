@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -157,6 +158,21 @@ def test_every_file_that_is_named_is_there() -> None:
     assert [pair for pair in sorted(named) if not (REPOSITORY / pair[1]).exists()] == []
 
 
+def change(params: dict[str, Any], values: dict[str, Any]) -> None:
+    """Set keys of params, or with `...` remove them."""
+    for key, value in values.items():
+        *outer, last = key.split(".")
+        inner = params
+        for name in outer:
+            inner = inner[name]
+        inner[last] = value
+        if value is ...:
+            del inner[last]
+
+
+MY_ROWS = {"source": "folder", "path": ".", "answers": "socratic", "train_rows": 12, "test_rows": 6}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said", "mended"),
     [
@@ -179,6 +195,8 @@ def test_every_file_that_is_named_is_there() -> None:
         ),
         ({"prompts": ["bsae"]}, "did you mean 'base'?", {"prompts": ["base", "teacher", "ground-truth", "confidence"]}),
         ({"search.alpha": [0.9, 0.1]}, "expected [low, high]", {"search.alpha": [0.1, 0.9]}),
+        ({"dataset": MY_ROWS}, "set `dataset.answers: main`", {"dataset": MY_ROWS | {"answers": "main"}}),
+        ({"dataset": MY_ROWS | {"answers": "main", "train_rows": 99}}, "split has 12", {"dataset.train_rows": 12}),
         ({"launcher": "srun 'a"}, "not a command", {"launcher": "srun a"}),
         (
             {"attention.questoins": 3},
@@ -195,21 +213,14 @@ def test_a_params_file_is_mended_as_its_message_says(
     write_params: Callable[[dict[str, Any]], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def change(values: dict[str, Any]) -> None:
-        for key, value in values.items():
-            *outer, last = key.split(".")
-            inner = tiny_params
-            for name in outer:
-                inner = inner[name]
-            inner[last] = value
-            if value is ...:
-                del inner[last]
-
-    change(wrong)
+    change(tiny_params, wrong)
     write_params(tiny_params)
+    for name in ("train", "test"):
+        row = {"question": "How many are 1 and 1?", "answer": "1 + 1 = 2\n#### 2"}
+        Path(f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 12)
     assert main(["prepare"]) == 2
     assert said in capsys.readouterr().err
-    change(mended)
+    change(tiny_params, mended)
     write_params(tiny_params)
     assert main(["prepare"]) == 0
 
@@ -247,21 +258,43 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("rates", ["distill", "search"])
-def test_a_search_that_diverges_goes_on_at_the_rate_that_the_message_names(
-    rates: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "wrong", "said", "mended"),
+    [
+        ("train", {"distill.step": "graph"}, "use `auto` or `eager`", {"distill.step": "auto"}),
+        ("train", {"distill.step": "graph"}, "use `auto` or `eager`", {"distill.step": "eager"}),
+        ("train", {"distill.learning_rate": 1e30}, "lower `distill.learning_rate`", {"distill.learning_rate": 1e-3}),
+        ("search", {"distill.learning_rate": 1e30}, "lower `distill.learning_rate`", {"distill.learning_rate": 1e-3}),
+        (
+            "search",
+            {"search.learning_rate": [1e30, 1e30]},
+            "lower `search.learning_rate`",
+            {"search.learning_rate": [1e-3, 1e-3]},
+        ),
+        ("search", {"search.eval_rows": 6}, "leave some to train on", {"search.eval_rows": 5}),
+    ],
+)
+@pytest.mark.usefixtures("on_cpu")
+def test_work_that_params_forbid_is_done_once_they_are_mended_as_the_message_says(
+    command: str,
+    wrong: dict[str, Any],
+    said: str,
+    mended: dict[str, Any],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     params = YAML(typ="safe").load(Path("params.yaml"))
     params["search"] |= {"trials": 1, "eval_rows": 2}
-    for bad in (True, False):
-        rate = 1e30 if bad else 1e-3
-        params[rates]["learning_rate"] = [rate, 2 * rate] if rates == "search" else rate
+    for values, status in ((wrong, 2), (mended, 0)):
+        change(params, values)
         YAML().dump(params, Path("params.yaml"))
         capsys.readouterr()
-        assert main(["search", "base-kd"]) == (2 if bad else 0)
-        assert not bad or f"lower `{rates}.learning_rate`" in capsys.readouterr().err
+        assert main([command, "base-kd"]) == status
+        assert status == 0 or said in capsys.readouterr().err
 
 
 def cut(path: Path) -> None:
