@@ -119,7 +119,8 @@ def switch(session: nox.Session, profile: str | None) -> str:
     if profile is None:
         session.error("params.yaml: no line `profile: <name>`; profiles/mini.yaml shows what belongs there")
     if params not in (path.read_text(encoding="utf-8") for path in Path("profiles").glob("*.yaml")):
-        session.error(f"params.yaml is changed; keep it elsewhere, then `cp profiles/{profile}.yaml params.yaml`")
+        mend = f"keep it elsewhere, then `cp profiles/{profile}.yaml params.yaml`"
+        session.error(f"params.yaml is changed; {'leave it out' if IMAGE_ENVIRONMENT else mend}, or run it by `repro`")
     shutil.copyfile(f"profiles/{profile}.yaml", "params.yaml")
     return profile
 

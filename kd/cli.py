@@ -40,7 +40,8 @@ The stages in order, as `dvc repro` runs them:
   kd report                  the paper's table
   kd attention               how each student attends, layer by layer, and how sure it is
 
-What runs is params.yaml; results lie under artifacts/<profile>/. `cp profiles/paper.yaml params.yaml` switches.
+What runs is params.yaml; results lie under artifacts/<profile>/. To switch, `cp profiles/paper.yaml params.yaml`
+(keep a params.yaml of your own elsewhere first), or let `nox -s paper` do it and run it.
 Beside them:
   kd review teacher-kd       decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust

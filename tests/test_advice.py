@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
 from conftest import REPOSITORY
+from dvc.cli import DvcParserError
 from dvc.cli.parser import get_main_parser
 from pydantic import BaseModel
 from ruamel.yaml import YAML
@@ -66,18 +69,25 @@ def words(line: str) -> list[str]:
     return [{"N": "1", "M": "1", "L:H,x": "0:0"}.get(word, word) for word in line.split()]
 
 
-def parses(arguments: list[str]) -> bool:
-    try:
-        parser().parse_args(arguments)
-    except SystemExit as end:
-        return end.code == 0
-    return True
+def parses(by: ArgumentParser, arguments: list[str]) -> bool:
+    """Whether a parser takes the arguments, or has a command of that name where they are a name alone."""
+    alone = all(word.isalpha() for word in arguments)
+    for line in (arguments, [*arguments, "--help"]) if alone else (arguments,):
+        try:
+            by.parse_args(line)
+        except SystemExit as end:
+            if end.code == 0:
+                return True
+            continue
+        except DvcParserError:
+            continue
+        return True
+    return False
 
 
 @pytest.mark.parametrize("arguments", of("kd"))
 def test_every_command_of_ours_that_is_named_parses(arguments: list[str]) -> None:
-    name_alone = all(word.isalpha() for word in arguments)  # which has to be there
-    assert parses(arguments) or (name_alone and parses([*arguments, "--help"]))
+    assert parses(parser(), arguments)
 
 
 def test_the_help_says_when_to_use_every_command() -> None:
@@ -102,16 +112,14 @@ def test_every_session_that_is_named_is_there(sessions: set[str]) -> None:
 
 @pytest.mark.parametrize("arguments", of("dvc"))
 def test_every_command_of_dvcs_that_is_named_parses(arguments: list[str]) -> None:
-    options = get_main_parser().parse_args(arguments)
+    assert parses(get_main_parser(), arguments)
     pipeline = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
     params = YAML(typ="safe").load(REPOSITORY / "params.yaml")
     stages = {
         name if "cmd" in stage else f"{name}@{key}" for name, stage in pipeline.items() for key in keys(stage, params)
     }
-    for target in getattr(options, "targets", None) or []:
-        if target.endswith((".yaml", ".dvc", "@x")):
-            continue
-        assert target in stages | pipeline.keys()
+    if arguments[0] in ("repro", "commit"):
+        assert {word for word in arguments[1:] if word.isalpha() or "@" in word} <= {*stages, *pipeline, "train@x"}
 
 
 def keys(stage: dict[str, Any], params: dict[str, Any]) -> list[str]:
@@ -150,6 +158,21 @@ def test_every_file_that_is_named_is_there() -> None:
     assert [pair for pair in sorted(named) if not (REPOSITORY / pair[1]).exists()] == []
 
 
+def change(params: dict[str, Any], values: dict[str, Any]) -> None:
+    """Set keys of params, or with `...` remove them."""
+    for key, value in values.items():
+        *outer, last = key.split(".")
+        inner = params
+        for name in outer:
+            inner = inner[name]
+        inner[last] = value
+        if value is ...:
+            del inner[last]
+
+
+MY_ROWS = {"source": "folder", "path": ".", "answers": "socratic", "train_rows": 12, "test_rows": 6}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said", "mended"),
     [
@@ -172,6 +195,8 @@ def test_every_file_that_is_named_is_there() -> None:
         ),
         ({"prompts": ["bsae"]}, "did you mean 'base'?", {"prompts": ["base", "teacher", "ground-truth", "confidence"]}),
         ({"search.alpha": [0.9, 0.1]}, "expected [low, high]", {"search.alpha": [0.1, 0.9]}),
+        ({"dataset": MY_ROWS}, "set `dataset.answers: main`", {"dataset": MY_ROWS | {"answers": "main"}}),
+        ({"dataset": MY_ROWS | {"answers": "main", "train_rows": 99}}, "split has 12", {"dataset.train_rows": 12}),
         ({"launcher": "srun 'a"}, "not a command", {"launcher": "srun a"}),
         (
             {"attention.questoins": 3},
@@ -188,21 +213,14 @@ def test_a_params_file_is_mended_as_its_message_says(
     write_params: Callable[[dict[str, Any]], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def change(values: dict[str, Any]) -> None:
-        for key, value in values.items():
-            *outer, last = key.split(".")
-            inner = tiny_params
-            for name in outer:
-                inner = inner[name]
-            inner[last] = value
-            if value is ...:
-                del inner[last]
-
-    change(wrong)
+    change(tiny_params, wrong)
     write_params(tiny_params)
+    for name in ("train", "test"):
+        row = {"question": "How many are 1 and 1?", "answer": "1 + 1 = 2\n#### 2"}
+        Path(f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 12)
     assert main(["prepare"]) == 2
     assert said in capsys.readouterr().err
-    change(mended)
+    change(tiny_params, mended)
     write_params(tiny_params)
     assert main(["prepare"]) == 0
 
@@ -238,6 +256,45 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
         for stage in ("prepare", "head", "teacher base", "train base-kd", "assess base-kd", "statistics"):
             assert main(stage.split()) == 0
     return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "said", "mended"),
+    [
+        ("train", {"distill.step": "graph"}, "use `auto` or `eager`", {"distill.step": "auto"}),
+        ("train", {"distill.step": "graph"}, "use `auto` or `eager`", {"distill.step": "eager"}),
+        ("train", {"distill.learning_rate": 1e30}, "lower `distill.learning_rate`", {"distill.learning_rate": 1e-3}),
+        ("search", {"distill.learning_rate": 1e30}, "lower `distill.learning_rate`", {"distill.learning_rate": 1e-3}),
+        (
+            "search",
+            {"search.learning_rate": [1e30, 1e30]},
+            "lower `search.learning_rate`",
+            {"search.learning_rate": [1e-3, 1e-3]},
+        ),
+        ("search", {"search.eval_rows": 6}, "leave some to train on", {"search.eval_rows": 5}),
+    ],
+)
+@pytest.mark.usefixtures("on_cpu")
+def test_work_that_params_forbid_is_done_once_they_are_mended_as_the_message_says(
+    command: str,
+    wrong: dict[str, Any],
+    said: str,
+    mended: dict[str, Any],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    params = YAML(typ="safe").load(Path("params.yaml"))
+    params["search"] |= {"trials": 1, "eval_rows": 2}
+    for values, status in ((wrong, 2), (mended, 0)):
+        change(params, values)
+        YAML().dump(params, Path("params.yaml"))
+        capsys.readouterr()
+        assert main([command, "base-kd"]) == status
+        assert status == 0 or said in capsys.readouterr().err
 
 
 def cut(path: Path) -> None:

@@ -60,8 +60,8 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def nox(tmp_path: Path) -> Callable[[Path, str], str]:
-    """Run a session in a checkout; returns what it and its commands say."""
+def nox(tmp_path: Path) -> Callable[..., str]:
+    """Run a session in a checkout to its end, a good one unless said; returns what it and its commands say."""
     real = shutil.which("uv", path=environment()["PATH"])
     if real is None:
         pytest.skip("needs uv, which makes environments")
@@ -72,10 +72,10 @@ def nox(tmp_path: Path) -> Callable[[Path, str], str]:
     variables = {key: value for key, value in environment().items() if key not in ("KD_ENVIRONMENT", "VIRTUAL_ENV")}
     variables |= {"PATH": f"{programs}{os.pathsep}{variables['PATH']}", "UV_LOG": str(tmp_path / "uv.log")}
 
-    def run(folder: Path, session: str) -> str:
+    def run(folder: Path, session: str, status: int = 0) -> str:
         command = [sys.executable, "-m", "nox", "--session", session]
         done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     return run
@@ -86,7 +86,7 @@ def environments_made(tmp_path: Path) -> int:
 
 
 def test_an_environment_that_was_moved_or_copied_is_made_anew_at_once(
-    checkout: Path, nox: Callable[[Path, str], str], tmp_path: Path
+    checkout: Path, nox: Callable[..., str], tmp_path: Path
 ) -> None:
     assert "made anew" not in nox(checkout, "report")
     assert f"kd of {checkout}/.nox/kd" in nox(checkout, "report")
@@ -109,7 +109,7 @@ def test_an_environment_that_was_moved_or_copied_is_made_anew_at_once(
 
 @pytest.mark.parametrize("file", ["pyvenv.cfg", "bin/activate", "bin/python"])
 def test_half_an_environment_or_one_of_another_python_is_made_anew(
-    checkout: Path, nox: Callable[[Path, str], str], tmp_path: Path, file: str
+    checkout: Path, nox: Callable[..., str], tmp_path: Path, file: str
 ) -> None:
     nox(checkout, "report")
     path = checkout / ".nox/kd" / file
@@ -123,7 +123,7 @@ def test_half_an_environment_or_one_of_another_python_is_made_anew(
 
 
 def test_a_session_does_without_git_where_there_is_none(
-    checkout: Path, nox: Callable[[Path, str], str], tmp_path: Path
+    checkout: Path, nox: Callable[..., str], tmp_path: Path
 ) -> None:
     (tmp_path / ".git").mkdir()  # a home folder that is kept in Git and ignores what it does not know
     (tmp_path / ".git/HEAD").write_text("ref: refs/heads/main\n")
@@ -135,6 +135,23 @@ def test_a_session_does_without_git_where_there_is_none(
     settings.write_text("[core]\n    no_scm = false\n")  # whoever says so has a reason
     nox(checkout, "report")
     assert "no_scm = false" in settings.read_text()
+
+
+def test_a_session_switches_params_and_what_it_refuses_is_mended_as_it_says(
+    checkout: Path, nox: Callable[..., str]
+) -> None:
+    shutil.copytree(REPOSITORY / "profiles", checkout / "profiles")
+    params = checkout / "params.yaml"
+    params.write_text((REPOSITORY / "profiles/paper.yaml").read_text().replace("alpha: 8", "alpha: 9"))
+    said = nox(checkout, "mini", 1)
+    assert "params.yaml is changed; keep it elsewhere, then `cp profiles/mini.yaml params.yaml`, or run it by" in said
+    assert "alpha: 9" in params.read_text()
+    assert "is changed" not in nox(checkout, "repro", 1)  # but there are no such stages here
+    params.rename(checkout / "mine.yaml")
+    shutil.copy(checkout / "profiles/mini.yaml", params)
+    assert "is changed" not in nox(checkout, "mini", 1)
+    nox(checkout, "single-gpu", 1)
+    assert params.read_text() == (checkout / "profiles/single-gpu.yaml").read_text()
 
 
 def dvc(folder: Path, *arguments: str) -> str:

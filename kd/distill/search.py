@@ -101,7 +101,8 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
                 diverged = None if math.isfinite(loss) else optuna.trial.TrialState.PRUNED
                 study.tell(trial, None if diverged else loss, diverged)
     if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
-        raise UserError(f"{experiment}: training diverged in every trial; lower `distill.learning_rate`")
+        rates = "search" if config.search.learning_rate else "distill"
+        raise UserError(f"{experiment}: training diverged in every trial; lower `{rates}.learning_rate`")
     with FileLock(folder / "result.lock"), whole_folder(folder / "result") as work:  # processes end together
         # Read under the lock, so that the last result is that of all trials.
         best = {**study.best_params, "cross_entropy": study.best_value, "trials": len(study.get_trials(states=states))}

@@ -272,3 +272,66 @@ def test_a_disk_is_found_before_its_folder_is_made(tmp_path: Path) -> None:
     disk = probe.read_disk(tmp_path / "not" / "made", [tmp_path / "held", tmp_path / "absent"])
     assert (disk.held, disk.device) == (5, tmp_path.stat().st_dev)
     assert disk.free > 0
+
+
+HUB = {"source": "hub", "name": NAME, "revision": REVISION}
+BUNDLED = {"source": "bundled"}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "variable"),
+    [(BUNDLED, BUNDLED, "KD_CACHE"), (HUB, HUB, "HF_HUB_CACHE"), (BUNDLED, HUB, "HF_HUB_CACHE")],
+)
+def test_the_models_disk_is_the_one_that_takes_them_and_the_variable_that_is_named_moves_it(
+    teacher: dict[str, str], student: dict[str, str], variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(folder: Path) -> None:
+        monkeypatch.setenv("KD_CACHE", str(folder if variable == "KD_CACHE" else tmp_path / "unused"))
+        hub_cache = folder if variable == "HF_HUB_CACHE" else tmp_path / "unused"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
+
+    small, large = tmp_path / "small", tmp_path / "large"
+    monkeypatch.setattr(probe, "free_bytes", lambda path: 1000 * GIB if path.is_relative_to(large) else GIB)
+    monkeypatch.setattr(probe, "read_disk", of_a_disk_each(probe.read_disk))
+    monkeypatch.setattr(probe, "_refusal", lambda _: None)
+    document = MINI.model_dump() | {"needs": {"models_gib": 300}}
+    document["teacher"] |= {"model": teacher}
+    document["student"] |= {"model": student}
+    params = config.Config.model_validate(document)
+    choose(small)
+    check = {check.name: check for check in doctor.examine(params)}["disk for models"]
+    assert check.status == "fail"
+    assert f"for {small}" in check.found
+    assert check.mend == f"make room, or set {variable} to a folder on a larger disk"
+    choose(large)
+    assert {check.name: check.status for check in doctor.examine(params)}["disk for models"] == "pass"
+
+
+def of_a_disk_each(read: Callable[..., Disk]) -> Callable[..., Disk]:
+    """As if every folder that is looked at lay on a disk of its own."""
+    return lambda path, held: dataclasses.replace(read(path, held), device=hash(path))
+
+
+def test_models_in_folders_of_ones_own_take_no_disk(tmp_path: Path) -> None:
+    document = MINI.model_dump() | {"needs": {"models_gib": 10**6}}
+    for role in ("teacher", "student"):
+        document[role] |= {"model": {"source": "folder", "path": str(tmp_path)}}
+    params = config.Config.model_validate(document)
+    assert {check.name: check.status for check in doctor.examine(params)}["disk for models"] == "not needed"
+
+
+def test_a_larger_disk_for_results_or_for_dvcs_copies_mends_what_both_lack_together() -> None:
+    one = Disk(Path("a"), 50 * GIB, 0, 1)  # 60 are needed, half of them for the copies
+    lacking = failed(PAPER, results=one, copies=one)
+    assert lacking.keys() == {"disk for results", "disk for DVC's copies"}
+    assert "move this whole checkout to a larger disk" in lacking["disk for results"]
+    assert failed(PAPER, results=Disk(Path("a"), 70 * GIB, 0, 1), copies=Disk(Path("b"), 70 * GIB, 0, 1)) == {}
+    assert "`dvc cache dir --local FOLDER`" in lacking["disk for DVC's copies"]
+    assert failed(PAPER, results=one, copies=Disk(Path("FOLDER"), 40 * GIB, 0, 3)) == {}
+
+
+def test_the_images_places_are_its_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KD_ENVIRONMENT", "/opt/kd/venv")
+    none = Disk(Path("a"), 0, 0, 1)
+    mends = failed(PAPER, results=none, copies=none, models=none)
+    assert {mend.partition(" at ")[2] for mend in mends.values()} == {"/kd/artifacts", "/models"}
