@@ -267,7 +267,9 @@ def test_an_old_store_is_refused_with_one_sentence(params: dict[str, Any], capsy
     manifest.write_text(manifest.read_text().replace('"version": 3', '"version": 2'))
     assert main(["train", "teacher-kd"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"kd: {manifest}: format version 2, which this version of kd does not read; run `kd head`")
+    assert error.startswith(
+        f"kd: {manifest}: format version 2, which this version of kd does not read; run `kd teacher"
+    )
 
 
 def test_weights_are_read_once_and_again_when_they_change(

@@ -146,7 +146,10 @@ def another_head() -> None:
             lambda: MANIFEST.write_text(MANIFEST.read_text().replace("torch", "porch")),
             "manifest.json: changed since it",
         ),
-        (lambda: MANIFEST.write_text("{"), "manifest.json: the manifest of a teacher store is not readable"),
+        (
+            lambda: MANIFEST.write_text("{"),
+            "manifest.json: the manifest that `kd teacher teacher` writes is not readable",
+        ),
         (MANIFEST.unlink, "manifest.json: no such file"),
     ],
 )
