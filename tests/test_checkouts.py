@@ -70,7 +70,11 @@ def nox(tmp_path: Path) -> Callable[..., str]:
     (programs / "uv").write_text(UV.format(uv=real, python=sys.executable))
     (programs / "uv").chmod(0o755)
     variables = {key: value for key, value in environment().items() if key not in ("KD_ENVIRONMENT", "VIRTUAL_ENV")}
-    variables |= {"PATH": f"{programs}{os.pathsep}{variables['PATH']}", "UV_LOG": str(tmp_path / "uv.log")}
+    interpreter = Path(sys.base_prefix, "bin")  # where uv finds it, though nobody else does
+    variables |= {
+        "PATH": f"{programs}{os.pathsep}{interpreter}{os.pathsep}{variables['PATH']}",
+        "UV_LOG": str(tmp_path / "uv.log"),
+    }
 
     def run(folder: Path, session: str, status: int = 0) -> str:
         command = [sys.executable, "-m", "nox", "--session", session]

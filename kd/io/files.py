@@ -51,6 +51,7 @@ def unfinished_folder(target: Path, key: str, process: Process = ALONE) -> Itera
     bench = bench_of(target)
     with at_work(bench, target, process), _disk(target):
         work = bench / key
+        _remove(_replaced(work))
         work.mkdir(exist_ok=True)
         try:
             yield work
@@ -70,7 +71,7 @@ def put_in_place(work: Path, target: Path) -> None:
     """Move the finished folder `work` to `target`, whose earlier content is replaced whole."""
     _sync_tree(work)
     target.parent.mkdir(parents=True, exist_ok=True)
-    replaced = work.with_name(work.name + ".replaced")
+    replaced = _replaced(work)
     _remove(replaced)
     if target.exists():
         target.rename(replaced)
@@ -201,6 +202,11 @@ def _disk(target: Path) -> Iterator[None]:
         if error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(target)) from error
         raise
+
+
+def _replaced(work: Path) -> Path:
+    """Where what `work` takes the place of lies until it has."""
+    return work.with_name(work.name + ".replaced")
 
 
 def _remove(path: Path) -> None:

@@ -54,12 +54,12 @@ def capture(config: Config, prompt: str) -> bool:
     examples = read_examples(config.artifacts / "data" / "train.jsonl")
     head_sha256 = _head_sha256(config)
     key = capture_key(config, prompt)
-    if _is_right(config, prompt, tokenizer, examples, key):
-        print(f"{target}: is there and right; remove it to capture it again", file=sys.stderr)
-        return False
-    wanted = readings(config.distill, prompt, tokenizer, examples)
-    about = (backends.identity(config.teacher), prompt_record(prompt), tokenization(tokenizer, config.distill))
     with unfinished_folder(target, key, process) as work:
+        if _is_right(config, prompt, tokenizer, examples, key):
+            print(f"{target}: is there and right; remove it to capture it again", file=sys.stderr)
+            return False
+        wanted = readings(config.distill, prompt, tokenizer, examples)
+        about = (backends.identity(config.teacher), prompt_record(prompt), tokenization(tokenizer, config.distill))
         writer = StoreWriter(work, *about, key=key, batch_rows=config.teacher.batch_rows)
         shards = range(ceil(len(wanted) / writer.shard_examples))
         with what_is_kept(work, partial(_kept, writer, shards, work)):

@@ -100,7 +100,13 @@ def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) ->
 def test_the_teachers_certainty_stands_behind_the_table_where_it_was_measured() -> None:
     assert main(["report"]) == 0
     assert "The teacher behind each prompt" not in (REPORT / "results.md").read_text()
-    one = {"mean_max_probability": 0.57312, "positions": 900, "questions": 7, "published": 0.573}
+    one = {
+        "mean_max_probability": 0.57312,
+        "positions": 900,
+        "questions": 7,
+        "published": 0.573,
+        "versions": {"torch": "2.4.0"},
+    }
     Path("artifacts/mini/statistics.json").write_text(json.dumps({"base": one}))
     assert main(["report"]) == 0
     assert "| base | 0.5731 | 900 of 7 questions | 0.573 |" in (REPORT / "results.md").read_text()
@@ -187,8 +193,9 @@ def test_a_log_with_too_few_rows_is_refused(capsys: pytest.CaptureFixture[str]) 
 def test_check_losses_stand_beside_the_published_ones() -> None:
     adapter = Path("artifacts/mini/adapters/teacher-kd")
     adapter.mkdir(parents=True)
-    (adapter / "check.json").write_text('{"check_loss": 9.8765, "rows": 6}')
+    (adapter / "check.json").write_text('{"check_loss": 9.8765, "rows": 6, "versions": {"torch": "2.4.0"}}')
     assert main(["report"]) == 0
     results = json.loads((REPORT / "results.json").read_text())
     assert results["check_losses"] == {"teacher-kd": {"check_loss": 9.8765, "published": 10.402}}
+    assert results["versions"]["training"] == {"teacher-kd": {"torch": "2.4.0"}}
     assert "| teacher-kd | 9.877 | 10.402 |" in (REPORT / "results.md").read_text()

@@ -106,6 +106,8 @@ def kill_at_random_points() -> None:
             status = os.waitpid(child, 0)[1]
             kills += os.WIFSIGNALED(status)
         assert captured() == expected
+        assert os.waitpid(fork_capture(), 0)[1] == 0  # clears what one leaves that was killed behind its end
+        assert captured() == expected
         assert not unfinished()
         shutil.rmtree(STORE)
     assert resumed > 2  # or nothing was ever left to go on with
