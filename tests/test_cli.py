@@ -53,10 +53,14 @@ def kd(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedP
     )
 
 
-def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path) -> None:
-    (tmp_path / "artifacts").write_text("")
+@pytest.mark.parametrize("what", ["a file", "a link to nothing"])
+def test_what_is_where_a_folder_should_be_is_named(tmp_path: Path, what: str) -> None:
+    if what == "a file":
+        (tmp_path / "artifacts").write_text("")
+    else:
+        (tmp_path / "artifacts").symlink_to("nothing")
     done = kd("prepare", "--params", str(MINI), folder=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "kd: artifacts: a file is where a folder should be; move it away\n")
+    assert (done.returncode, done.stderr) == (2, f"kd: artifacts: {what} is where a folder should be; move it away\n")
     (tmp_path / "artifacts").rename(tmp_path / "away")
     assert kd("prepare", "--params", str(MINI), folder=tmp_path).returncode == 0
 

@@ -61,8 +61,9 @@ def _take(path: Path) -> int | None:
             continue
         except (FileExistsError, NotADirectoryError):
             for file in path.parents:
-                if file.exists() and not file.is_dir():
-                    raise UserError(f"{file}: a file is where a folder should be; move it away") from None
+                if file.is_file() or (file.is_symlink() and not file.exists()):
+                    what = "a link to nothing" if file.is_symlink() else "a file"
+                    raise UserError(f"{file}: {what} is where a folder should be; move it away") from None
             continue  # a folder that was there a moment ago
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
