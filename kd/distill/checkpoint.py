@@ -47,16 +47,17 @@ def load(folder: Path, descent: Descent) -> list[Record]:
     found = _found(folder)
     if not found:
         return []
+    mend = f"remove {found[-1]} to start anew"
     try:
         tensors = load_file(found[-1] / "state.safetensors")
     except SafetensorError as error:
-        raise UserError(f"{found[-1]}: not a readable checkpoint ({error}); remove it to start anew") from None
+        raise UserError(f"{found[-1]}: not a readable checkpoint ({error}); {mend}") from None
     descent.weights.copy_(tensors["weights"])
     descent.momenta.copy_(tensors["momenta"])
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    return [Record(**record) for record in read_json(found[-1] / "curve.json", "a checkpoint's loss curve")]
+    return [Record(**record) for record in read_json(found[-1] / "curve.json", "a checkpoint's loss curve", mend)]
 
 
 def latest(folder: Path) -> Path | None:

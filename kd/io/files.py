@@ -150,20 +150,21 @@ def as_json(document: Any) -> str:
     return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The JSON document in `path`; a UserError that calls it `what` where it is missing or broken."""
-    document = load_json(path, what)
+def read_json(path: Path, what: str, mend: str = "make it again") -> Any:
+    """The JSON document in `path`; a UserError that calls it `what`, and says how to `mend` it, where it is missing or
+    broken."""
+    document = load_json(path, what, mend)
     refuse_no_numbers(document, str(path))
     refuse_half_characters(document, str(path))
     return document
 
 
-def load_json(path: Path, what: str) -> Any:
+def load_json(path: Path, what: str, mend: str = "make it again") -> Any:
     """The same with what a caller refuses in its own words: numbers that are none, half characters."""
     try:
         return parse_json(read_text(path, f"it should hold {what}"))
     except ValueError as error:
-        raise UserError(f"{path}: {what} is not readable ({error}); make it again") from None
+        raise UserError(f"{path}: {what} is not readable ({error}); {mend}") from None
 
 
 def json_lines(path: Path, mend: str = "name another") -> Iterator[tuple[int, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 import threading
@@ -13,6 +14,7 @@ from types import FrameType
 from kd.errors import WorkFailedError
 from kd.io.files import full_disk
 
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What torch, CUDA and exllamav2 say where the device is at fault and not the program.
 DEVICE = re.compile(r"CUDA|out of memory|can't allocate memory|Insufficient VRAM|cuBLAS|CUBLAS|NCCL")
 
@@ -60,10 +62,12 @@ def device_failed(error: RuntimeError) -> bool:
 
 
 def system_error(error: OSError, folder: Path | None = None) -> str:
-    """An error of the operating system as one sentence: where (at least in which folder), what, and what to do if the
-    disk is full."""
+    """An error of the operating system as one sentence: where (at least in which folder), what, and what to do about a
+    full disk or a place that may not be written to."""
     if error.errno is None or error.strerror is None:
         return " ".join(str(error).split())
     where = error.filename or folder
     said = f"{where}: {error.strerror}" if where else error.strerror
-    return f"{said}; make room on that disk" if full_disk(error) else said
+    if full_disk(error):
+        return f"{said}; make room on that disk"
+    return f"{said}; let this user write there" if error.errno in FORBIDDEN else said

@@ -15,7 +15,7 @@ from typing import Any
 from kd.config import Config
 from kd.fingerprint import versions
 from kd.io.distributed import this_process
-from kd.io.files import as_json, write_whole_file
+from kd.io.files import as_json, whole_file, write_text
 from kd.machine.probe import read_driver, read_gpus
 
 FOLDER = "runs"
@@ -29,7 +29,10 @@ def write_record(config: Config, name: str, began: datetime) -> None:
     """
     rank = this_process().rank
     file = config.artifacts / FOLDER / f"{name}{f'.{rank}' if rank else ''}.json"
-    write_whole_file(file, as_json(_record(began)))
+    with whole_file(
+        file, file.with_name(f".{file.name}.{os.getpid()}")
+    ) as work:  # whoever else ends now writes his own
+        write_text(work, as_json(_record(began)))
 
 
 def _record(began: datetime) -> dict[str, Any]:
