@@ -103,7 +103,7 @@ def test_a_record_says_where_and_by_what_a_result_was_made_and_no_checksum_cover
         assert kd("prepare", folder=tmp_path).returncode == 0
         record = json.loads((tmp_path / "artifacts/mini/runs/prepare.json").read_text())
         assert record["host"] == platform.node()
-        assert record["command"].endswith("prepare")
+        assert record["command"] == "kd prepare"
         assert record["versions"]["torch"] == version("torch")
         assert datetime.fromisoformat(record["began"]) <= datetime.fromisoformat(record["ended"])
         assert re.fullmatch("[0-9a-f]{40}", record["commit"] or "0" * 40)

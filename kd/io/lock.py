@@ -95,7 +95,7 @@ def _leave(path: Path, descriptor: int) -> None:
 
 def _holder() -> dict[str, str | int]:
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["kd", *sys.argv[1:]]),
         "pid": os.getpid(),
         "host": platform.node(),
         "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),

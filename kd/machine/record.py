@@ -39,7 +39,7 @@ def _record(began: datetime) -> dict[str, Any]:
     ended = datetime.now().astimezone()
     gpus = [gpu.name for gpu in read_gpus()] if "torch" in sys.modules else []  # what did without torch used none
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["kd", *sys.argv[1:]]),
         "began": began.isoformat(timespec="seconds"),
         "ended": ended.isoformat(timespec="seconds"),
         "seconds": round((ended - began).total_seconds(), 1),

@@ -55,7 +55,7 @@ def test_the_second_is_told_who_is_at_work_and_since_when_and_nothing_is_lost(ho
     with pytest.raises(WorkFailedError) as refused:
         begin_unfinished()
     assert str(refused.value).startswith(
-        f"{TARGET}: process {holder.pid} on {os.uname().nodename} (-c) is at work on it"
+        f"{TARGET}: process {holder.pid} on {os.uname().nodename} (kd) is at work on it"
     )
     assert f"since {time.strftime('%Y-%m-%d')}" in str(refused.value)
     holder.kill()  # which frees what it held
