@@ -23,8 +23,7 @@ from ruamel.yaml import YAML
 from kd.cli import EPILOG, main, parser
 from kd.config import Config
 
-DOCS = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")])
-DOCS += sorted(REPOSITORY.glob("studies/*/README.md"))
+DOCS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("studies/*/README.md")])
 CODE = [*sorted((REPOSITORY / "kd").rglob("*.py")), REPOSITORY / "noxfile.py"]
 
 

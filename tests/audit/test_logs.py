@@ -81,7 +81,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def there() -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in logs.DATA.glob("*")}
+    return {path.name: path.read_bytes() for path in logs.DATA.glob("*") if path.is_file()}
 
 
 def test_fetch_brings_every_file_once(server: Server) -> None:
