@@ -75,6 +75,7 @@ def nox(tmp_path: Path) -> Callable[..., str]:
     variables |= {
         "PATH": f"{programs}{os.pathsep}{interpreter}{os.pathsep}{variables['PATH']}",
         "UV_LOG": str(tmp_path / "uv.log"),
+        "UV_CACHE_DIR": str(tmp_path / "uv"),
     }
 
     def run(folder: Path, session: str, status: int = 0) -> str:
