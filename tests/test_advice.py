@@ -257,6 +257,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def in_a_copy(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder is a copy of that one."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("command", "wrong", "said", "mended"),
     [
@@ -271,19 +278,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
         ("search", {"search.eval_rows": 6}, "leave some to train on", {"search.eval_rows": 5}),
     ],
 )
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_cpu", "in_a_copy")
 def test_work_that_params_forbid_is_done_once_they_are_mended_as_the_message_says(
     command: str,
     wrong: dict[str, Any],
     said: str,
     mended: dict[str, Any],
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
     params = YAML(typ="safe").load(Path("params.yaml"))
     params["search"] |= {"trials": 1, "eval_rows": 2}
     for values, status in ((wrong, 2), (mended, 0)):
@@ -327,17 +329,13 @@ TEACHER, HEAD = "teacher/base/manifest.json", "teacher/head/manifest.json"
         ("logs/base-kd.csv", Path.unlink, "report"),
     ],
 )
+@pytest.mark.usefixtures("in_a_copy")
 def test_what_is_spoilt_is_made_again_by_the_commands_that_the_message_names(
     file: str,
     spoil: Callable[[Path], None],
     command: str,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
     spoil(Path("artifacts/mini", file))
     capsys.readouterr()
     assert main(command.split()) == 2

@@ -271,6 +271,16 @@ def test_exllamav2_without_a_gpu_is_refused_with_what_to_do(
     assert "exllamav2 does not import" in capsys.readouterr().err
 
 
+def changed_weights(llama: Path, folder: Path, change: Callable[[Any], object]) -> Path:
+    """The model in another folder, its weights changed."""
+    model = load_model(llama, "float32", "cpu")
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(folder)
+    load_tokenizer(llama).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
@@ -287,12 +297,8 @@ def test_states_that_float16_does_not_hold_are_refused_and_their_question_is_nam
     scale: float,
     message: str,
 ) -> None:
-    model = load_model(tiny_llama, "float32", "cpu")
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(scale)
-    model.save_pretrained(tmp_path / "large")
-    load_tokenizer(tiny_llama).save_pretrained(tmp_path / "large")
-    tiny_params["teacher"]["model"]["path"] = str(tmp_path / "large")
+    larger = changed_weights(tiny_llama, tmp_path / "large", lambda model: model.model.embed_tokens.weight.mul_(scale))
+    tiny_params["teacher"]["model"]["path"] = str(larger)
     write_params(tiny_params)
     assert main(["prepare"]) == 0
     assert main(["head"]) == 0
@@ -308,12 +314,8 @@ def test_a_head_that_holds_no_numbers_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model = load_model(tiny_llama, "float32", "cpu")
-    with torch.no_grad():
-        model.lm_head.weight[7, 3] = torch.nan
-    model.save_pretrained(tmp_path / "nan")
-    load_tokenizer(tiny_llama).save_pretrained(tmp_path / "nan")
-    tiny_params["teacher"]["model"]["path"] = str(tmp_path / "nan")
+    spoilt = changed_weights(tiny_llama, tmp_path / "nan", lambda model: model.lm_head.weight[7, 3].fill_(torch.nan))
+    tiny_params["teacher"]["model"]["path"] = str(spoilt)
     write_params(tiny_params)
     assert main(["head"]) == 2
     assert "nan: head.weight is not all finite numbers; mend the weights" in capsys.readouterr().err
