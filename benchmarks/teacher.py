@@ -33,7 +33,7 @@ from kd.data.miniature import problems
 from kd.distill.objective import reverse_kl
 from kd.io.progress import progress
 from kd.models.load import encode, load_tokenizer
-from kd.protocol.reading import primed
+from kd.paper import PROMPTS
 from kd.store.head import HEAD_FOLDER, TeacherHead, read_head_manifest, write_head
 from kd.store.reader import TeacherStore
 from kd.store.records import Prompt, Reading, Tokenization
@@ -152,7 +152,7 @@ def make_questions(count: int, vocabulary: int) -> list[Reading]:
 def read_problems(folder: Path) -> list[Reading]:
     """The miniature's problems, primed as the teacher prompt does or bare in turns, in a model's own tokens."""
     tokenizer = load_tokenizer(folder)
-    texts = [primed(("base", "teacher")[i % 2], problem.question) for i, problem in enumerate(problems(64, seed=1))]
+    texts = [PROMPTS[("base", "teacher")[i % 2]] + problem.question for i, problem in enumerate(problems(64, seed=1))]
     ids = [encode(tokenizer, text, bos=False) for text in texts]
     return [Reading(f"train-{i:05d}", found, (0, len(found))) for i, found in enumerate(ids, start=1)]
 

@@ -15,19 +15,20 @@ from ruamel.yaml.error import YAMLError
 
 from kd.errors import UserError
 from kd.io.text import read_text, refuse_half_characters
-from kd.paper import PROMPTS
 
 Count = Annotated[int, Field(gt=0)]
 Gib = Annotated[float, Field(ge=0)]  # units of 2^30 bytes
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # torch takes no more
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # becomes a folder or stage name
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Stop = Annotated[str, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Protocol = Literal["published", "aligned"]
-Quirk = Literal["teacher-order", "label-shift", "bos", "prompt-offset"]
+Quirk = Literal["no-end", "teacher-order", "label-shift", "bos", "prompt-offset"]
 # What ruamel.yaml lets through of a value that cannot be: the 45th of a month, `!!bool no-bool`, lists a thousand deep.
 PYTHONS = (ValueError, LookupError, ArithmeticError, RecursionError, TypeError, AttributeError, AssertionError)
 Document = TypeVar("Document", bound=BaseModel)
@@ -144,7 +145,7 @@ class Student(Params):
 
 
 class Lora(Params):
-    """Low-rank adaptation of a Llama's projections; the dropout is each adapter's own."""
+    """Low-rank adaptation of a Llama's projections."""
 
     rank: Count
     alpha: Count
@@ -162,8 +163,9 @@ class Distill(Params):
 
     `batch_rows` examples make one update. `step` picks how it is computed: `eager`, the reference, on any device;
     `graph`, CUDA graphs; `auto`, graphs where there is a GPU and the student is a Llama. `jsd_beta` is the teacher's
-    share of the mixture in `divergence: jsd`. `quirks` switches single ones of the published protocol on in `aligned`
-    (docs/protocol.md); a fifth, the cosine's period of one epoch, is `cosine_steps`.
+    share of the mixture in `divergence: jsd`. `dropout` is that of every adapter but those in `dropouts`. `quirks`
+    switches single ones of the published protocol on in `aligned` (docs/protocol.md); a sixth, the cosine's period of
+    one epoch, is `cosine_steps`.
     """
 
     protocol: Protocol
@@ -181,6 +183,8 @@ class Distill(Params):
     momentum: float = Field(ge=0, lt=1)
     weight_decay: float = Field(ge=0)
     cosine_steps: Count
+    dropout: Dropout
+    dropouts: dict[Name, Dropout] = {}
     lora: Lora
 
     @model_validator(mode="after")
@@ -217,7 +221,6 @@ class Adapter(Params):
     """One student to train: from the teacher's answers to a prompt, or (`needs: data`) from the labels alone."""
 
     needs: str
-    dropout: float = Field(ge=0, lt=1)
 
     @property
     def prompt(self) -> str | None:
@@ -226,21 +229,23 @@ class Adapter(Params):
 
 
 class Assess(Params):
-    """How responses are generated: many at once, in a key-value cache of at most `batch_tokens` positions."""
+    """How responses are generated: many at once, in a key-value cache of at most `batch_tokens` positions.
+
+    A response ends at an end token, before one of the strings `stop`, or at the limit; an experiment can have its own.
+    """
 
     batch_tokens: Count
+    max_new_tokens: Count
+    stop: list[Stop] = []
 
 
 class Experiment(Params):
-    """One row of the table: the bare student (`needs: data`) or one adapter, and how it is asked.
-
-    A response ends at an end token, before one of the strings `stop`, or at the limit.
-    """
+    """One row of the table: the bare student (`needs: data`) or one adapter, and how it is asked."""
 
     needs: str
     suffix: str = ""
     max_new_tokens: Count
-    stop: list[Annotated[str, Field(min_length=1)]] = []
+    stop: list[Stop]
 
     @property
     def adapter(self) -> str | None:
@@ -269,20 +274,25 @@ class Attention(Params):
 
 
 class Config(Params):
-    """A whole params.yaml."""
+    """A whole params.yaml.
+
+    Each of the `prompts`, texts by name, makes one student and one row of the table, both called <prompt>-kd. They
+    stand in `adapters` and `experiments` behind those that the file has there: students without a prompt of their own,
+    and other rows.
+    """
 
     profile: Name
     seed: Seed
     needs: Needs = Needs()
     dataset: Dataset
     teacher: Teacher
-    prompts: list[str] = Field(min_length=1)
+    prompts: dict[Name, str]
     student: Student
     distill: Distill
     search: Search
-    adapters: dict[Name, Adapter] = Field(min_length=1)
+    adapters: dict[Name, Adapter] = {}
     assess: Assess
-    experiments: dict[Name, Experiment] = Field(min_length=1)
+    experiments: dict[Name, Experiment] = {}
     attention: Attention
     launcher: str = ""  # put before `kd teacher` and `kd assess`, such as `srun` or `torchrun --no-python`
 
@@ -300,15 +310,45 @@ class Config(Params):
         """Where this profile's results lie."""
         return Path("artifacts") / self.profile
 
+    def dropout(self, adapter: str) -> float:
+        """The dropout that an adapter is trained with."""
+        return self.distill.dropouts.get(adapter, self.distill.dropout)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_assess_says(cls, document: Any) -> Any:
+        """An experiment has of `assess` what it does not say itself."""
+        if not isinstance(document, dict):
+            return document
+        assess, experiments = document.get("assess"), document.get("experiments")
+        if not isinstance(assess, dict) or not isinstance(experiments, dict):
+            return document
+        common = {"stop": [], **{key: assess[key] for key in ("max_new_tokens", "stop") if key in assess}}
+        filled = {name: common | one if isinstance(one, dict) else one for name, one in experiments.items()}
+        return document | {"experiments": filled}
+
+    @model_validator(mode="after")
+    def _students_of_prompts(self) -> Config:
+        for prompt in self.prompts:
+            name, asked = f"{prompt}-kd", self.assess.model_dump(exclude={"batch_tokens"})
+            for key, mapping in (("adapters", self.adapters), ("experiments", self.experiments)):
+                if name in mapping:
+                    raise ValueError(f"{key}.{name}: `prompts.{prompt}` makes it already; remove it here")
+            self.adapters[name] = Adapter(needs=f"teacher/{prompt}")
+            self.experiments[name] = Experiment(needs=f"adapters/{name}", **asked)
+        if not self.experiments:
+            raise ValueError("experiments: none, and no prompt that would make one; profiles/mini.yaml has some")
+        return self
+
     @model_validator(mode="after")
     def _references_exist(self) -> Config:
-        for i, prompt in enumerate(self.prompts):
-            _require(prompt, PROMPTS, f"prompts.{i}", "prompt")
-        if len(set(self.prompts)) < len(self.prompts):
-            raise ValueError("prompts: a prompt stands twice; name each once")
+        if "head" in self.prompts:  # kd/store/head.py
+            raise ValueError("prompts.head: beside the prompts' stores lies a folder of that name; choose another")
         stores = ["data", *(f"teacher/{prompt}" for prompt in self.prompts)]
         for name, adapter in self.adapters.items():
             _require(adapter.needs, stores, f"adapters.{name}.needs", "need")
+        for name in self.distill.dropouts:
+            _require(name, self.adapters, f"distill.dropouts.{name}", "adapter")
         students = ["data", *(f"adapters/{name}" for name in self.adapters)]
         for name, experiment in self.experiments.items():
             _require(experiment.needs, students, f"experiments.{name}.needs", "need")
@@ -374,6 +414,8 @@ def _explain(problem: Any, document: Any, example: str) -> str:
     if problem["type"] == "missing":
         key = f"{key}.{problem['loc'][-1]}".removeprefix(".")
         return f"{key}: missing; {example} shows what belongs there"
+    if problem["type"] in ("dict_type", "model_type"):
+        return f"{key}: expected a mapping, found {problem['input']!r}; {example} shows what belongs there"
     if problem["type"] == "unknown_key":
         return f"{key}.{problem['ctx']['key']}: unknown key, {problem['ctx']['expected']}".removeprefix(".")
     if problem["type"] == "value_error":

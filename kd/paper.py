@@ -34,6 +34,7 @@ CHECK_LOSSES = {"fine-tuning": 8.879, "confidence-kd": 10.740, "teacher-kd": 10.
 # experimental stimuli, verbatim).
 PROMPTS: dict[str, str] = {
     "base": "",
+    "confidence": "(At the end of the question) Briefly double-check that your answer is correct once done. ",
     "teacher": (
         "As a teacher, guide your student through solving the question below. "
         "Provide a clear, simple explanation for someone unfamiliar with the problem. "
@@ -42,5 +43,4 @@ PROMPTS: dict[str, str] = {
         "As a smart language model, provide a detailed answer that is clear and feasible "
         "for smaller models to understand and learn from without losing too much detail. "
     ),
-    "confidence": "(At the end of the question) Briefly double-check that your answer is correct once done. ",
 }

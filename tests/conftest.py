@@ -32,13 +32,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_params(tiny_llama: Path) -> dict[str, Any]:
-    """profiles/mini.yaml with the tiny Llama on both sides and a handful of rows."""
+    """profiles/mini.yaml with the tiny Llama on both sides, the paper's protocol and epochs and a handful of rows."""
     params: dict[str, Any] = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
-    params["dataset"] |= {"train_rows": 12, "test_rows": 6}
+    params["dataset"] |= {"answers": "socratic", "train_rows": 12, "test_rows": 6}
     params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": str(tiny_llama)}
-    params["distill"] |= {"cosine_steps": 12, "learning_rate": 0.05}
-    for experiment in params["experiments"].values():
-        experiment["max_new_tokens"] = 6
+    params["distill"] |= {"protocol": "published", "epochs": 2, "cosine_steps": 12, "dropouts": {}}
+    params["assess"]["max_new_tokens"] = params["experiments"]["no-distillation"]["max_new_tokens"] = 6
     return params
 
 

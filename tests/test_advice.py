@@ -17,6 +17,7 @@ import pytest
 from conftest import REPOSITORY
 from dvc.cli import DvcParserError
 from dvc.cli.parser import get_main_parser
+from params import keep
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
@@ -114,14 +115,14 @@ def test_every_command_of_dvcs_that_is_named_parses(arguments: list[str]) -> Non
     assert parses(get_main_parser(), arguments)
     pipeline = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
     params = YAML(typ="safe").load(REPOSITORY / "params.yaml")
-    stages = {
-        name if "cmd" in stage else f"{name}@{key}" for name, stage in pipeline.items() for key in keys(stage, params)
-    }
+    stages = {f"{name}@{key}" if key else name for name, stage in pipeline.items() for key in keys(stage, params)}
     if arguments[0] in ("repro", "commit"):
         assert {word for word in arguments[1:] if word.isalpha() or "@" in word} <= {*stages, *pipeline, "train@x"}
 
 
 def keys(stage: dict[str, Any], params: dict[str, Any]) -> list[str]:
+    if "matrix" in stage:
+        return [f"{prompt}-kd" for prompt in params["prompts"]]
     return list(params[stage["foreach"].strip("${}")]) if "foreach" in stage else [""]
 
 
@@ -187,12 +188,8 @@ MY_ROWS = {"source": "folder", "path": ".", "answers": "socratic", "train_rows":
             "belongs to `backend: exllamav2`, not to transformers; remove it",
             {"teacher.cache": None},
         ),
-        (
-            {"prompts": ["base", "base"]},
-            "name each once",
-            {"prompts": ["base", "teacher", "ground-truth", "confidence"]},
-        ),
-        ({"prompts": ["bsae"]}, "did you mean 'base'?", {"prompts": ["base", "teacher", "ground-truth", "confidence"]}),
+        ({"adapters.base-kd": {"needs": "teacher/base"}}, "makes it already; remove it", {"adapters.base-kd": ...}),
+        ({"distill.dropouts": {"bsae-kd": 0.2}}, "did you mean 'base-kd'?", {"distill.dropouts": {"base-kd": 0.2}}),
         ({"search.alpha": [0.9, 0.1]}, "expected [low, high]", {"search.alpha": [0.1, 0.9]}),
         ({"dataset": MY_ROWS}, "set `dataset.answers: main`", {"dataset": MY_ROWS | {"answers": "main"}}),
         ({"dataset": MY_ROWS | {"answers": "main", "train_rows": 99}}, "split has 12", {"dataset.train_rows": 12}),
@@ -244,11 +241,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     params = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
     params["dataset"] |= {"train_rows": 6, "test_rows": 4}
     params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": str(tiny_llama)}
-    params["distill"] |= {"cosine_steps": 6, "learning_rate": 0.05}
-    params["prompts"] = ["base"]
-    for table in ("adapters", "experiments"):
-        params[table] = {"base-kd": params[table]["base-kd"]}
-    params["experiments"]["base-kd"]["max_new_tokens"] = 4
+    params["distill"] |= {"protocol": "published", "cosine_steps": 6}
+    params["assess"]["max_new_tokens"] = 4
+    keep(params, "base-kd")
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
         YAML().dump(params, Path("params.yaml"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, environment
+from params import keep
 from ruamel.yaml import YAML
 
 from kd.cli import main
@@ -325,11 +326,7 @@ def test_the_chain_of_stages_runs_under_odd_names_masks_and_limits(
     shutil.copytree(tiny_llama, folder / "ein Läma")
     model = {"source": "folder", "path": "ein Läma"}
     tiny_params["teacher"]["model"] = tiny_params["student"]["model"] = model
-    tiny_params |= {
-        "prompts": ["base"],
-        "adapters": {"base-kd": tiny_params["adapters"]["base-kd"]},
-        "experiments": {"base-kd": tiny_params["experiments"]["base-kd"]},
-    }
+    keep(tiny_params, "base-kd")
     YAML().dump(tiny_params, folder / "params.yaml")
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -12,14 +12,24 @@ from kd.config import Needs, load_config
 from kd.paper import PROMPTS, RESULTS
 
 PROFILES = Path(__file__).parent.parent / "profiles"
+MINI = (PROFILES / "mini.yaml").read_text()
 
 
-@pytest.mark.parametrize("profile", ["mini", "paper", "single-gpu"])
+@pytest.mark.parametrize("profile", ["mini", "mini-published", "paper", "single-gpu"])
 def test_profiles_load_and_hold_the_six_published_experiments_and_the_fair_control(profile: str) -> None:
     config = load_config(PROFILES / f"{profile}.yaml")
     assert config.profile == profile
-    assert list(config.experiments) == [*RESULTS, "no-distillation-matched"]
-    assert config.prompts == list(PROMPTS)
+    assert set(config.experiments) == {*RESULTS, "no-distillation-matched"}
+    assert config.prompts == PROMPTS
+    assert [name for name in config.experiments if name in RESULTS] == list(RESULTS)
+    assert [adapter.prompt for adapter in config.adapters.values()] == [None, *PROMPTS]
+
+
+def test_the_miniatures_differ_in_the_protocol_alone() -> None:
+    ours, papers = (load_config(PROFILES / f"{name}.yaml").model_dump() for name in ("mini", "mini-published"))
+    assert (ours["distill"].pop("protocol"), papers["distill"].pop("protocol")) == ("aligned", "published")
+    assert (ours.pop("profile"), papers.pop("profile")) == ("mini", "mini-published")
+    assert ours == papers
 
 
 def test_a_profile_need_not_say_what_it_needs(tmp_path: Path) -> None:
@@ -38,9 +48,7 @@ def test_paper_profile_states_the_published_protocol() -> None:
     assert (distill.learning_rate, distill.momentum, distill.weight_decay) == (5e-6, 0.9, 1e-2)
     assert (distill.epochs, distill.cosine_steps, distill.max_tokens) == (2, 2638, 256)
     assert (distill.lora.rank, distill.lora.alpha) == (4, 8)
-    assert {name: adapter.dropout for name, adapter in config.adapters.items() if adapter.dropout != 0.1} == {
-        "base-kd": 0.2
-    }
+    assert {name: config.dropout(name) for name in config.adapters if config.dropout(name) != 0.1} == {"base-kd": 0.2}
     assert {name: e.max_new_tokens for name, e in config.experiments.items() if e.max_new_tokens != 350} == {
         "no-distillation": 50
     }
@@ -55,23 +63,44 @@ def test_paper_profile_states_the_published_protocol() -> None:
         ("memory_gib: 4", "gpus: -1", "needs.gpus: expected greater than or equal to 0, found -1"),
         ("rank: 4", "rank: four", "distill.lora.rank: expected a valid integer, found 'four'"),
         ("seed: 1", "sede: 1", "did you mean 'seed'?"),
-        ("dropout: 0.2", "dropout: 1.2", "adapters.base-kd.dropout: expected less than 1, found 1.2"),
+        ("base-kd: 0.2", "base-kd: 1.2", "distill.dropouts.base-kd: expected less than 1, found 1.2"),
         (
             "temperature: [1.0, 10.0]",
             "temperature: [1.0, .inf]",
             "search.temperature.1: expected a finite number, found inf",
         ),
-        ("dropout: 0.2", "dropout: .nan", "adapters.base-kd.dropout: expected a finite number, found nan"),
+        ("dropout: 0.1", "dropout: .nan", "distill.dropout: expected a finite number, found nan"),
         (
             "seed: 1",
             "seed: 18446744073709551616",
             "seed: expected less than 18446744073709551616, found 18446744073709",
         ),
-        ("epochs: 2", "epochs: true", "distill.epochs: expected a valid integer, found True"),
-        ("[base,", "[bsae,", "prompts.0: unknown prompt 'bsae', expected one of base, teacher, ground-truth"),
-        ("[base,", "[teacher,", "prompts: a prompt stands twice"),
-        ("needs: teacher/base", "needs: teacher/bsae", "adapters.base-kd.needs: unknown need 'teacher/bsae'"),
-        ("needs: adapters/base-kd", "needs: base-kd", "experiments.base-kd.needs: unknown need 'base-kd'"),
+        ("epochs: 1", "epochs: true", "distill.epochs: expected a valid integer, found True"),
+        ('base: ""', "base:", "prompts.base: expected a valid string, found None"),
+        ('base: ""', "base: []", "prompts.base: expected a valid string, found []"),
+        ('  base: ""', '  a b: ""', "prompts.a b: String should match"),
+        (
+            '  base: ""',
+            '  head: ""',
+            "prompts.head: beside the prompts' stores lies a folder of that name",
+        ),
+        (
+            "base-kd: 0.2",
+            "bsae-kd: 0.2",
+            "distill.dropouts.bsae-kd: unknown adapter 'bsae-kd', expected",
+        ),
+        (
+            "fine-tuning: {needs: data}",
+            "base-kd: {needs: teacher/base}",
+            "adapters.base-kd: `prompts.base` makes it already; remove it here",
+        ),
+        (
+            "fine-tuning: {needs: data}",
+            "more: {needs: teacher/x}",
+            "adapters.more.needs: unknown need 'teacher/x'",
+        ),
+        ("needs: adapters/fine-tuning", "needs: tuning", "experiments.fine-tuning.needs: unknown need 'tuning'"),
+        ("  max_new_tokens: 64", "  max_new_tokens: 0", "assess.max_new_tokens: expected greater than 0, found 0"),
         ("source: miniature", "source: minature", "dataset.source: expected one of 'miniature', 'folder', 'hub'"),
         ("source: miniature", "source: folder", "dataset.path: missing"),
         (
@@ -81,20 +110,20 @@ def test_paper_profile_states_the_published_protocol() -> None:
         ),
         ("dtype: float32", "dtype: float64", "teacher.dtype: expected 'float32', 'bfloat16' or 'float16'"),
         ("dtype: float32", "dtype: float32\n  cache: q6", "teacher: cache: belongs to `backend: exllamav2`"),
-        ("protocol: published", "protocol: shifted", "distill.protocol: expected 'published' or 'aligned'"),
-        ("quirks: []", "quirks: [boss]", "distill.quirks.0: expected 'teacher-order', 'label-shift', 'bos' or"),
-        ("quirks: []", "quirks: [bos]", "distill: quirks: `protocol: published` has all of them; empty the list, or"),
+        ("protocol: aligned", "protocol: shifted", "distill.protocol: expected 'published' or 'aligned'"),
+        ("quirks: []", "quirks: [boss]", "distill.quirks.0: expected 'no-end', 'teacher-order', 'label-shift'"),
         (
-            "protocol: published\n  quirks: []",
-            "protocol: aligned\n  quirks: [bos, label-shift, bos]",
-            "distill: quirks: a quirk stands twice; name each once",
+            "protocol: aligned\n  quirks: []",
+            "protocol: published\n  quirks: [bos]",
+            "distill: quirks: `protocol: published` has all of them; empty the list, or",
         ),
+        ("quirks: []", "quirks: [bos, label-shift, bos]", "distill: quirks: a quirk stands twice; name each once"),
         ("reverse-kl", "reversed-kl", "distill.divergence: expected 'reverse-kl', 'forward-kl' or 'jsd'"),
         ("[1.0, 10.0]", "[10.0, 1.0]", "search: temperature: expected [low, high], found [10.0, 1.0]"),
         ("questions: 10", "questions: 0", "attention.questions: expected greater than 0, found 0"),
         ("profile: mini", "profile: ../mini", "profile: String should match"),
         ("seed: 1", "seed: [1", "not readable as YAML"),
-        ("epochs: 2", "epochs: 2\n  epochs: 3", "duplicate key"),
+        ("epochs: 1", "epochs: 1\n  epochs: 3", "duplicate key"),
     ],
 )
 def test_unusable_params_exit_2_and_name_the_key(
@@ -110,6 +139,25 @@ def test_unusable_params_exit_2_and_name_the_key(
     assert message in error
 
 
+def test_prompts_without_their_texts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(re.sub(r"^prompts:.*?\n\n", "prompts: [base, teacher]\n\n", MINI, flags=re.DOTALL | re.MULTILINE))
+    assert main(["prepare", "--params", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "prompts: expected a mapping, found ['base', 'teacher']; profiles/mini.yaml shows what" in error
+
+
+def test_a_prompt_is_a_student_and_a_row_that_is_asked_as_all_are(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(MINI.replace('  base: ""\n', '  base: ""\n  socratic: "Ask back. "\n', 1))
+    config = load_config(path)
+    assert config.prompts["socratic"] == "Ask back. "
+    assert config.adapters["socratic-kd"].prompt == "socratic"
+    row = config.experiments["socratic-kd"]
+    assert row == config.experiments["base-kd"].model_copy(update={"needs": "adapters/socratic-kd"})
+    assert (row.max_new_tokens, row.stop) == (config.assess.max_new_tokens, config.assess.stop)
+
+
 def test_missing_params_file_says_how_to_make_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "--params", "nowhere.yaml"]) == 2
     assert "nowhere.yaml: no such file; `cp profiles/mini.yaml" in capsys.readouterr().err
@@ -118,7 +166,7 @@ def test_missing_params_file_says_how_to_make_one(capsys: pytest.CaptureFixture[
 def test_every_mistake_is_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "params.yaml"
     text = (PROFILES / "mini.yaml").read_text()
-    path.write_text(text.replace("rank: 4", "rank: 0").replace("epochs: 2", "epochs: two"))
+    path.write_text(text.replace("rank: 4", "rank: 0").replace("epochs: 1", "epochs: one"))
     assert main(["prepare", "--params", str(path)]) == 2
     error = capsys.readouterr().err
     assert "distill.lora.rank" in error

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from commands import unfinished
 from conftest import REPOSITORY, environment
+from params import keep
 from ruamel.yaml import YAML
 
+SUMMARIES = {"statistics", "report", "attention"}  # which read every student
 FILES = ("kd", "profiles", "reviews", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
@@ -65,12 +67,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     params["dataset"] |= {"train_rows": 8, "test_rows": 4}
     shutil.copytree(tiny_llama, folder / "llama")
     params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": "llama"}
-    params["distill"] |= {"cosine_steps": 8, "learning_rate": 0.05}
-    params["prompts"] = ["base", "teacher"]
-    params["adapters"] = {name: params["adapters"][name] for name in ("base-kd", "teacher-kd")}
-    params["experiments"] = {name: params["experiments"][name] for name in ("no-distillation", "base-kd", "teacher-kd")}
-    for experiment in params["experiments"].values():
-        experiment["max_new_tokens"] = 4
+    params["distill"]["cosine_steps"] = 8
+    params["assess"]["max_new_tokens"] = params["experiments"]["no-distillation"]["max_new_tokens"] = 4
+    keep(params, "no-distillation", "base-kd", "teacher-kd")
     write_params(folder, params)
     for command in (
         ("git", "init", "--quiet"),
@@ -109,9 +108,29 @@ def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path, table: str) ->
 @pytest.mark.usefixtures("table")
 def test_a_change_reruns_only_what_it_reaches(clone: Path) -> None:
     params = YAML(typ="safe").load(clone / "params.yaml")
-    params["adapters"]["teacher-kd"]["dropout"] = 0.3
+    params["prompts"]["teacher"] = "Teach me. "
     write_params(clone, params)
-    assert ran(repro(clone)) == {"inputs", "train@teacher-kd", "assess@teacher-kd", "report", "attention"}
+    teacher = {"teacher@teacher", "train@teacher-kd", "assess@teacher-kd"}
+    assert ran(repro(clone)) == {"inputs", *teacher, *SUMMARIES}
+
+
+@pytest.mark.usefixtures("table")
+def test_another_prompt_is_another_line(clone: Path) -> None:
+    repro(clone)
+    before, params = outputs(clone), (clone / "params.yaml").read_text()
+    (clone / "params.yaml").write_text(params.replace("\nprompts:\n", "\nprompts:\n  socratic: 'Ask back. '\n"))
+    said = repro(clone)
+    assert ran(said) == {"inputs", "teacher@socratic", "train@socratic-kd", "assess@socratic-kd", *SUMMARIES}
+    made = {f"artifacts/mini/{path}" for path in ("teacher/socratic", "adapters/socratic-kd", "logs/socratic-kd.csv")}
+    assert outputs(clone).keys() == before.keys() | made
+    assert json.loads((clone / "artifacts/mini/teacher/socratic/manifest.json").read_text())["prompt"] == {
+        "name": "socratic",
+        "text": "Ask back. ",
+    }
+    assert "prompt of its teacher: Ask back." in (clone / "artifacts/mini/adapters/socratic-kd/README.md").read_text()
+    assert "socratic-kd" in (clone / "artifacts/mini/report/results.md").read_text()
+    (clone / "params.yaml").write_text(params)
+    repro(clone)
 
 
 @pytest.mark.parametrize("stage", ["train@base-kd", "teacher@base"])
@@ -188,7 +207,7 @@ def test_an_experiment_in_dvcs_queue_runs_its_own_copy_of_the_code(clone: Path) 
     assert run(clone, *commit).returncode == 0
     with (clone / "kd/data/gsm8k.py").open("a") as file:
         file.write("\nimport sys\n\nprint('code of', Path.cwd() == Path(__file__).parents[2], file=sys.stderr)\n")
-    change = "experiments.teacher-kd.max_new_tokens=3"
+    change = "experiments.no-distillation.max_new_tokens=3"
     assert run(clone, "dvc", "exp", "run", "--queue", "--name", "shorter", "--set-param", change).returncode == 0
     assert run(clone, "dvc", "queue", "start").returncode == 0
     deadline = time.monotonic() + 300
@@ -198,4 +217,4 @@ def test_an_experiment_in_dvcs_queue_runs_its_own_copy_of_the_code(clone: Path) 
     assert "code of True" in said
     assert "code of False" not in said
     # The code of `inputs` and `prepare` is changed, their results are not.
-    assert ran(said) == {"inputs", "prepare", "assess@teacher-kd", "report", "attention"}
+    assert ran(said) == {"inputs", "prepare", "assess-control@no-distillation", "report", "attention"}

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import environment
+from params import keep
 from rows import prepare_tests
 
 from kd.cli import main
@@ -41,7 +42,7 @@ def test_help_is_shown_at_any_terminal(encoding: str) -> None:
 def open_row(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> Path:
     """One question and one open response, both of characters that few terminals have; returns the log."""
     tiny_params["dataset"]["test_rows"] = 1
-    tiny_params["experiments"] = {"base-kd": tiny_params["experiments"]["base-kd"]}
+    keep(tiny_params, "base-kd")
     write_params(tiny_params)
     tests = prepare_tests([(TEXT, "#### 7")])
     log = Path("artifacts/mini/logs/base-kd.csv")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from commands import contents, unfinished
+from params import keep
 
 from kd.cli import main
 
@@ -41,11 +42,9 @@ def chain(
     """A working folder for every stage, with one student."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU's libraries do not live through a fork
     tiny_params["dataset"] |= {"train_rows": 20, "test_rows": 6}
-    tiny_params["prompts"] = ["teacher"]
     tiny_params["distill"] |= {"cosine_steps": 40, "checkpoint_every": 10, "learning_rate": 0.01}
-    for kind in ("adapters", "experiments"):
-        tiny_params[kind] = {"teacher-kd": tiny_params[kind]["teacher-kd"]}
-    tiny_params["experiments"]["teacher-kd"]["max_new_tokens"] = 20
+    tiny_params["assess"]["max_new_tokens"] = 20
+    keep(tiny_params, "teacher-kd")
     write_params(tiny_params)
 
 

@@ -25,10 +25,11 @@ LOWER_RATE = "lower `distill.learning_rate` and train it again"
 def measure(config: Config, experiment: str) -> dict[str, Any]:
     """Measure one student as it is assessed and write artifacts/<profile>/measures/<experiment>.json; returns it.
 
-    `answer_loss` is the cross entropy of the test rows' answers behind BOS + question + line end; `divergence`, by the
-    teacher's prompt, is `distill.divergence` from the teacher on the same tokens. Both are at T = 1, in nats a token,
-    and the mean of the rows' means; rows are matched as `aligned` does it, whatever the student was trained by. The
-    prompt is that of the student's own teacher; a student without one is measured against every prompt's.
+    `answer_loss` is the cross entropy of the test rows' answers, with their end token, behind BOS + question;
+    `divergence`, by the teacher's prompt, is `distill.divergence` from the teacher on the same tokens. Both are at
+    T = 1, in nats a token, and the mean of the rows' means; rows are matched as `aligned` does it, whatever the student
+    was trained by. The prompt is that of the student's own teacher; a student without one is measured against every
+    prompt's.
     """
     folder = model_folder(config.student.model)
     tests = read_examples(config.artifacts / "data" / "test.jsonl")
@@ -36,7 +37,7 @@ def measure(config: Config, experiment: str) -> dict[str, Any]:
     refuse_two_vocabularies(config.teacher.model, config.student.model)
     adapter, device = adapter_folder(config, experiment), default_device()
     readings = {
-        prompt: [teacher_reading(tokenizer, "aligned", prompt, example) for example in tests]
+        prompt: [teacher_reading(tokenizer, "aligned", config.prompts[prompt], example) for example in tests]
         for prompt in _prompts(config, experiment)
     }
     longest = max(len(reading.token_ids) for some in readings.values() for reading in some)
@@ -60,7 +61,7 @@ def measure(config: Config, experiment: str) -> dict[str, Any]:
 def _prompts(config: Config, experiment: str) -> list[str]:
     adapter = config.experiments[experiment].adapter
     prompt = config.adapters[adapter].prompt if adapter else None
-    return [prompt] if prompt else config.prompts
+    return [prompt] if prompt else list(config.prompts)
 
 
 def _states(teacher: backends.LoadedTeacher, readings: list[Reading], batch_rows: int, what: str) -> States:

@@ -11,7 +11,6 @@ import torch
 from kd.config import Config
 from kd.io.files import write_text
 from kd.models.load import default_device, load_model, model_folder, model_name
-from kd.paper import PROMPTS
 from kd.protocol.alignment import Matches
 
 VERSIONS = ("torch", "transformers", "peft")
@@ -22,7 +21,7 @@ def fresh_student(config: Config, experiment: str) -> Any:
     device = default_device()
     torch.manual_seed(config.seed)  # for LoRA's initialisation and dropout
     base = load_model(model_folder(config.student.model), config.student.dtype, device)
-    return add_lora(base, config, config.adapters[experiment].dropout).train()
+    return add_lora(base, config, config.dropout(experiment)).train()
 
 
 def add_lora(base: Any, config: Config, dropout: float) -> Any:
@@ -71,7 +70,8 @@ def _card(config: Config, experiment: str, matches: Matches) -> str:
     adapter, settings, data = config.adapters[experiment], config.distill, config.dataset
     base = model_name(config.student.model)
     source = f"teacher store `{adapter.needs}`" if adapter.prompt else "labels alone (no teacher)"
-    prompt = f"- prompt of its teacher: {PROMPTS[adapter.prompt].strip() or 'none'}\n" if adapter.prompt else ""
+    text = config.prompts[adapter.prompt].strip() if adapter.prompt else ""
+    prompt = f"- prompt of its teacher: {text or 'none'}\n" if adapter.prompt else ""
     quirks = f" (but for {', '.join(settings.quirks)})" if settings.quirks else ""
     llama = "\nBuilt with Llama.\n" if "llama-3" in base.lower() else ""
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)

@@ -285,7 +285,7 @@ def _check_alike(members: list[Member], matches: list[list[Match]]) -> None:
 
 
 def _dropout(member: Member) -> float:
-    return member.config.adapters[member.experiment].dropout
+    return member.config.dropout(member.experiment)
 
 
 def _teacher(member: Member) -> str:

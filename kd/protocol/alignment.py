@@ -11,10 +11,10 @@ Protocol `published` (<experiment>/distill.ipynb), each choice as the original m
 - all are cut to the shortest;
 - which example: see `published_teacher_order`.
 
-Protocol `aligned`: the student reads BOS + question + line end + answer; the rows before each answer token meet that
-token and the teacher's row before the same token. The line end counts as the answer's first token. No end-of-sequence
-token is added: every row counted predicts a token that teacher and student both read. Its `quirks` put single choices
-of the published protocol back: `teacher-order` and `label-shift` here, `bos` and `prompt-offset` in the rows captured.
+Protocol `aligned`: the student reads BOS + question + line end + answer + end token; the rows before each answer token
+meet that token and the teacher's row before the same token. The line end counts as the answer's first token, the end
+token as its last. Its `quirks` put single choices of the published protocol back: `teacher-order` and `label-shift`
+here, `no-end`, `bos` and `prompt-offset` in what is read and in the rows captured.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def match_examples(
         if protocol == "published":
             match, was_cut = _published(example, teacher, tokenizer, max_tokens)
         else:
-            match, was_cut = _aligned(example, teacher, tokenizer, max_tokens, "label-shift" in quirks)
+            match, was_cut = _aligned(example, teacher, tokenizer, max_tokens, quirks)
         matches.append(match)
         cut += [example.id] if was_cut else []
     skipped = [match.example_id for match in matches if not match.labels]
@@ -103,10 +103,10 @@ def _published(example: Example, teacher: Reading | None, tokenizer: Any, max_to
 
 
 def _aligned(
-    example: Example, teacher: Reading | None, tokenizer: Any, max_tokens: int, unshifted: bool
+    example: Example, teacher: Reading | None, tokenizer: Any, max_tokens: int, quirks: Sequence[Quirk]
 ) -> tuple[Match, bool]:
     question = student_token_ids(tokenizer, example.question)
-    answer = answer_token_ids(tokenizer, example)
+    answer = answer_token_ids(tokenizer, example, quirks)
     if teacher and teacher.example_id == example.id:  # else the order is the original's, and nothing is to agree
         read = teacher.token_ids[-len(answer) :]
         if read != answer:
@@ -118,7 +118,7 @@ def _aligned(
     rows = min(len(answer), room, _rows(teacher) if teacher else room)
     tokens, first = question + answer, len(question) - 1
     # Row i predicts token i + 1; unshifted, it meets the token it has just read.
-    labels = tokens[first : first + rows] if unshifted else answer[:rows]
+    labels = tokens[first : first + rows] if "label-shift" in quirks else answer[:rows]
     match = Match(example.id, tokens[:max_tokens], first, labels, teacher.example_id if teacher else None)
     return match, room < len(answer)
 

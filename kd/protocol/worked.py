@@ -28,7 +28,7 @@ HEADER = ("row", "student has read …", "and is to say", *(f"teacher ({prompt})
 def worked_example(tokenizer: Any, protocol: Protocol, example: Example = EXAMPLE) -> str:
     """A Markdown table: each matched row by the last token that student and teacher have read before it, and its label;
     one column for each prompt's teacher."""
-    readings = {prompt: teacher_reading(tokenizer, protocol, prompt, example) for prompt in PROMPTS}
+    readings = {prompt: teacher_reading(tokenizer, protocol, text, example) for prompt, text in PROMPTS.items()}
     matches = {
         prompt: match_examples(protocol, [example], tokenizer, 256, [reading]).kept[0]
         for prompt, reading in readings.items()

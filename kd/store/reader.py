@@ -62,6 +62,12 @@ class TeacherStore:
             bos != tokenization.bos,
             f"captured {'with' if bos else 'without'} BOS, which `distill.protocol` and its quirks want the other way",
         )
+        end, wanted_end = found.tokenization.end, tokenization.end
+        self._refuse_if(
+            end != wanted_end,
+            f"captured {_ended(end)}, where `distill.protocol`, its quirks and the student's tokenizer want an answer "
+            f"{_ended(wanted_end)}",
+        )
         self._refuse_if(
             found.tokenization != tokenization,
             f"captured with another tokenizer ({found.tokenization}, not {tokenization}); teacher and student must "
@@ -150,3 +156,7 @@ class TeacherStore:
 
     def _path(self, number: int) -> Path:
         return shard_file(self.folder, self.manifest.kind, number)
+
+
+def _ended(end: int | None) -> str:
+    return "without an end token" if end is None else f"with the end token {end}"

@@ -52,9 +52,11 @@ class Prompt(_Record):
 
 
 class Tokenization(_Record):
-    """How the teacher's text became tokens."""
+    """How the teacher's text became tokens; `end` is the token behind each answer, None where there is no answer or it
+    has no end."""
 
     bos: bool
+    end: int | None = None
     vocabulary_sha256: str
 
     def __str__(self) -> str:

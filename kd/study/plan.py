@@ -354,7 +354,9 @@ class Plan:
         """Refuse names that conditions.yaml has of what is not there."""
         if len(set(self.study.seeds)) < len(self.study.seeds):
             raise UserError(f"{self.conditions}: seeds: one is there twice; give each run a seed of its own")
-        adapters, experiments = self._base["adapters"], self._base["experiments"]
+        params = str(self.conditions.with_name("params.yaml"))
+        base = validated(Config, self._base, params, "profiles/mini.yaml")
+        adapters, experiments = base.adapters, base.experiments
         for teacher in self.study.teachers.values():
             for name in (*teacher.adapters, teacher.search):
                 choose(name, adapters, "adapter", "adapters")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from kd.assess.generate import end_ids
 from kd.config import Config
 from kd.data.rows import Example, read_examples
 from kd.distill.step import deterministic
@@ -37,8 +36,7 @@ def tune(config: Config, settings: TunedTeacher) -> None:
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, config.student.dtype, default_device())
-    end = min(end_ids(model))
-    tokens = [_tokens(tokenizer, example, end) for example in examples]
+    tokens = [_tokens(tokenizer, example) for example in examples]
     with deterministic():
         _descend(model, [one for one in tokens if len(one[0]) <= settings.max_tokens], settings, config.seed)
     with whole_folder(TUNED_TEACHER) as work:
@@ -46,9 +44,9 @@ def tune(config: Config, settings: TunedTeacher) -> None:
         tokenizer.save_pretrained(work)
 
 
-def _tokens(tokenizer: Any, example: Example, end: int) -> Tokens:
+def _tokens(tokenizer: Any, example: Example) -> Tokens:
     question = student_token_ids(tokenizer, example.question)
-    return [*question, *answer_token_ids(tokenizer, example), end], len(question)
+    return [*question, *answer_token_ids(tokenizer, example)], len(question)
 
 
 def _descend(model: Any, tokens: list[Tokens], settings: TunedTeacher, seed: int) -> None:

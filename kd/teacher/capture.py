@@ -21,8 +21,7 @@ from kd.io.files import put_in_place, remove_stale, unfinished_folder, whole_fol
 from kd.io.progress import progress
 from kd.io.stopping import what_is_kept
 from kd.models.load import load_tokenizer, model_folder, refuse_two_vocabularies, vocabulary_sha256
-from kd.paper import PROMPTS
-from kd.protocol.reading import has_bos, readings
+from kd.protocol.reading import end_token, has_bos, readings
 from kd.store.head import HEAD_FOLDER, read_head_manifest, write_head
 from kd.store.reader import TeacherStore
 from kd.store.records import MANIFEST, Prompt, Reading, Tokenization
@@ -58,8 +57,9 @@ def capture(config: Config, prompt: str) -> bool:
         if _is_right(config, prompt, tokenizer, examples, key):
             print(f"{target}: is there and right; remove it to capture it again", file=sys.stderr)
             return False
-        wanted = readings(config.distill, prompt, tokenizer, examples)
-        about = (backends.identity(config.teacher), prompt_record(prompt), tokenization(tokenizer, config.distill))
+        wanted = readings(config.distill, config.prompts[prompt], tokenizer, examples)
+        teacher, tokens = backends.identity(config.teacher), tokenization(tokenizer, config.distill)
+        about = (teacher, prompt_record(config, prompt), tokens)
         writer = StoreWriter(work, *about, key=key, batch_rows=config.teacher.batch_rows)
         shards = range(ceil(len(wanted) / writer.shard_examples))
         with what_is_kept(work, partial(_kept, writer, shards, work)):
@@ -81,7 +81,7 @@ def capture_key(config: Config, prompt: str) -> str:
         __name__,
         {
             "teacher": config.teacher.model_dump(),
-            "prompt": prompt_record(prompt).model_dump(),
+            "prompt": prompt_record(config, prompt).model_dump(),
             "reading": [settings.protocol, settings.quirks],
         },
         files=[folder / "data" / "train.jsonl", folder / "teacher" / HEAD_FOLDER / MANIFEST],
@@ -97,22 +97,26 @@ def open_checked(config: Config, prompt: str, tokenizer: Any, examples: list[Exa
     opened = TeacherStore(config.artifacts / "teacher" / prompt)
     opened.check(
         backends.identity(config.teacher),
-        prompt_record(prompt),
+        prompt_record(config, prompt),
         tokenization(tokenizer, config.distill),
-        readings(config.distill, prompt, tokenizer, examples),
+        readings(config.distill, config.prompts[prompt], tokenizer, examples),
     )
     opened.verify()
     return opened
 
 
-def prompt_record(prompt: str) -> Prompt:
+def prompt_record(config: Config, prompt: str) -> Prompt:
     """The prompt as a store names it."""
-    return Prompt(name=prompt, text=PROMPTS[prompt])
+    return Prompt(name=prompt, text=config.prompts[prompt])
 
 
 def tokenization(tokenizer: Any, settings: Distill) -> Tokenization:
     """The tokenization as a store names it."""
-    return Tokenization(bos=has_bos(settings.protocol, settings.quirks), vocabulary_sha256=vocabulary_sha256(tokenizer))
+    return Tokenization(
+        bos=has_bos(settings.protocol, settings.quirks),
+        end=end_token(tokenizer, settings.protocol, settings.quirks),
+        vocabulary_sha256=vocabulary_sha256(tokenizer),
+    )
 
 
 def missing(writer: StoreWriter, shards: range) -> list[int]:

@@ -47,15 +47,16 @@ def import_logits(config: Config, file: Path, folder: Path, prompt: str) -> None
     to the prepared training questions; a UserError names the question that does not fit."""
     refuse_folder(file)
     tokenizer = load_tokenizer(model_folder(config.teacher.model))
-    wanted = readings(config.distill, prompt, tokenizer, read_examples(config.artifacts / "data" / "train.jsonl"))
+    examples = read_examples(config.artifacts / "data" / "train.jsonl")
+    wanted = readings(config.distill, config.prompts[prompt], tokenizer, examples)
     tensors = _open(file)
     if len(tensors.keys()) != len(wanted):
         raise UserError(f"{file}: holds {len(tensors.keys())} tensors where the data has {len(wanted)} questions")
     # The libraries that computed the file are not known.
     model = backends.identity(config.teacher).model_copy(update={"versions": {}})
-    imported = fingerprint.key(__name__, {"prompt": prompt_record(prompt).model_dump()}, files=[file])
+    imported = fingerprint.key(__name__, {"prompt": prompt_record(config, prompt).model_dump()}, files=[file])
     with whole_folder(folder) as work:
-        about = (model, prompt_record(prompt), tokenization(tokenizer, config.distill))
+        about = (model, prompt_record(config, prompt), tokenization(tokenizer, config.distill))
         writer = StoreWriter(work, *about, key=imported, kind="logits")
         for number, reading in enumerate(progress(wanted, f"import {file.name}", "question"), start=1):
             logits = _logits(file, tensors, f"Question {number}", reading)

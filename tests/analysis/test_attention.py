@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from params import experiments, keep
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import make_tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -23,7 +24,7 @@ from kd.analysis.attention import Layers, layers_to, measure
 from kd.analysis.confidence import Answer, answer_probabilities, largest_probabilities
 from kd.analysis.students import student_names
 from kd.cli import main
-from kd.config import load_config
+from kd.config import Config, load_config
 from kd.data.rows import read_examples
 from kd.models.load import encode, load_tokenizer
 from kd.report.attention import head_rows
@@ -45,12 +46,12 @@ def trained(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]]
     tiny_params["attention"]["questions"] = len(RESPONSES)
     write_params(tiny_params)
     assert main(["prepare"]) == 0
-    for seed, name in enumerate(tiny_params["adapters"]):
+    for seed, name in enumerate(Config.model_validate(tiny_params).adapters):
         save_adapter(tiny_llama, ARTIFACTS / "adapters" / name, seed)
     examples = read_examples(ARTIFACTS / "data" / "test.jsonl")
     (ARTIFACTS / "logs").mkdir()
-    for name, experiment in tiny_params["experiments"].items():
-        prompts = [example.question + experiment.get("suffix", "") for example in examples]
+    for name, experiment in experiments(tiny_params).items():
+        prompts = [example.question + experiment.suffix for example in examples]
         (ARTIFACTS / "logs" / f"{name}.csv").write_text(log_text(examples, prompts, RESPONSES * 2))
     figures = {"base": (0.43, 0.573), "teacher": (0.41, None), "ground-truth": (0.42, None), "confidence": (0.45, 0.52)}
     statistics = {name: {"mean_max_probability": one, "published": other} for name, (one, other) in figures.items()}
@@ -180,7 +181,8 @@ def test_without_adapters_the_bare_student_is_measured_on_the_answers_to_its_own
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], tiny_llama: Path
 ) -> None:
     experiment = tiny_params["experiments"]["no-distillation"]
-    write_params(tiny_params | {"experiments": {"no-distillation": experiment}})
+    keep(tiny_params, "no-distillation")
+    write_params(tiny_params)
     model, tokenizer = plain_student(tiny_llama, None), load_tokenizer(tiny_llama)
     answered: list[float] = []
     for row, response in zip(read_examples(ARTIFACTS / "data" / "test.jsonl"), RESPONSES, strict=False):
@@ -331,4 +333,9 @@ def test_a_student_goes_by_the_experiment_that_asks_it_the_bare_question(
     tiny_params["experiments"]["again"] = {"needs": "adapters/base-kd", "max_new_tokens": 4}
     del tiny_params["experiments"]["no-distillation-matched"]
     write_params(tiny_params)
-    assert student_names(load_config(Path("params.yaml"))) == ["no-distillation", *STUDENTS[1:]]
+    assert student_names(load_config(Path("params.yaml"))) == [
+        "no-distillation",
+        *STUDENTS[1:2],
+        "again",
+        *STUDENTS[3:],
+    ]

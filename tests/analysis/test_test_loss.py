@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kd.cli import main
 from kd.data.rows import read_examples
-from kd.protocol.reading import primed
+from kd.paper import PROMPTS
 from kd.teacher import backends
 from kd.teacher.backends.transformers import TransformersTeacher
 
@@ -54,8 +54,9 @@ def plain(student: Any, folder: Path) -> tuple[float, float]:
     for row in read_examples(Path("artifacts/mini/data/test.jsonl")):
         question, behind_prompt, answer = (
             tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (row.question, primed("teacher", row.question), "\n" + row.target)
+            for text in (row.question, PROMPTS["teacher"] + row.question, "\n" + row.target)
         )
+        answer.append(tokenizer.eos_token_id)
         ids, primed_ids = ([[tokenizer.bos_token_id, *before, *answer]] for before in (question, behind_prompt))
         labels = [[-100] * (1 + len(question)) + answer]
         with torch.no_grad():
@@ -74,7 +75,7 @@ def test_a_bare_student_that_is_its_own_teacher_is_as_far_from_it_as_the_prompt_
 ) -> None:
     found = measured("no-distillation")
     assert found["rows"] == 3
-    assert list(found["divergence"]) == ["base", "teacher", "ground-truth", "confidence"]
+    assert list(found["divergence"]) == list(PROMPTS)
     assert found["divergence"].pop("base") == pytest.approx(0, abs=1e-5)
     assert min(found["divergence"].values()) > 0.01
     loss, divergence = plain(AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_llama)
@@ -139,7 +140,10 @@ def test_what_cannot_be_measured_exits_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["measure", "techer-kd"]) == 2
-    assert "techer-kd: unknown experiment, expected one of no-distillation, fine-tuning" in capsys.readouterr().err
+    assert (
+        "techer-kd: unknown experiment, expected one of no-distillation, no-distillation-matched"
+        in capsys.readouterr().err
+    )
     assert main(["measure", "teacher-kd"]) == 2
     assert f"{ADAPTER}: no such adapter; run `kd train teacher-kd`" in capsys.readouterr().err
     other = make_tiny_llama(tmp_path / "other", vocabulary=420)

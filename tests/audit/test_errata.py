@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from kd.config import BundledModel
 from kd.data.rows import Example
 from kd.models.load import load_model, load_tokenizer, model_folder
+from kd.paper import PROMPTS
 from kd.protocol.alignment import match_examples
 from kd.protocol.order import published_teacher_order
 from kd.protocol.reading import student_token_ids, teacher_reading
@@ -35,7 +36,7 @@ def test_keys_of_a_real_file_come_in_text_order(tmp_path: Path) -> None:
 
 
 def test_published_rows_are_unshifted_and_offset(tokenizer: Any) -> None:
-    readings = [teacher_reading(tokenizer, "published", prompt, EXAMPLE) for prompt in ("base", "teacher")]
+    readings = [teacher_reading(tokenizer, "published", PROMPTS[prompt], EXAMPLE) for prompt in ("base", "teacher")]
     base, primed = (reading.token_ids for reading in readings)
     (match,) = match_examples("published", [EXAMPLE], tokenizer, 256, readings[:1]).kept
     question, answer = student_token_ids(tokenizer, QUESTION), student_token_ids(tokenizer, ANSWER)
@@ -53,7 +54,7 @@ def test_published_rows_are_unshifted_and_offset(tokenizer: Any) -> None:
     assert [tokenizer.decode([token]) for token in base[:3]] == ["N", "atal", "ia"]
     assert primed[28:] == base[3:]
     other = Example("train-00002", "Why?", ANSWER, ANSWER)
-    assert teacher_reading(tokenizer, "published", "teacher", other).token_ids[:26] == primed[:26]
+    assert teacher_reading(tokenizer, "published", PROMPTS["teacher"], other).token_ids[:26] == primed[:26]
 
 
 def test_learning_rate_falls_to_zero_and_climbs_back() -> None:

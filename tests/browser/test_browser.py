@@ -11,11 +11,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from params import experiments
 from rows import prepare_tests
 from ruamel.yaml import YAML
 from written import response, word
 
 from kd.cli import main
+from kd.config import load_config
 from kd.scoring.log import log_text
 
 pytest.importorskip("playwright", reason="needs playwright, which the image leaves out")
@@ -92,8 +94,8 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (f"How many are {i} and <i>2</i>?", f"They are {i + 2}.\n#### {i + 2}") for i in range(ROWS)
         )
     (folder / "artifacts/mini/logs").mkdir(parents=True)
-    for place, (name, settings) in enumerate(params["experiments"].items()):
-        prompts = [example.question + settings.get("suffix", "") for example in examples]
+    for place, (name, asked) in enumerate(experiments(params).items()):
+        prompts = [example.question + asked.suffix for example in examples]
         answers = [
             SimpleNamespace(text=f" {response(place, i)}", tokens=9, reached_limit=i % 2 == 0) for i in range(ROWS)
         ]
@@ -113,7 +115,7 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logs(report_file: Path) -> dict[str, list[dict[str, str]]]:
     """The logs behind it."""
     found = {}
-    for name in YAML(typ="safe").load(report_file.parents[3] / "params.yaml")["experiments"]:
+    for name in load_config(report_file.parents[3] / "params.yaml").experiments:
         with (report_file.parents[1] / "logs" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
             found[name] = list(csv.DictReader(file))
     return found

@@ -26,8 +26,7 @@ STATE = Path("artifacts/cohort")
 def params(tiny_params: dict[str, Any], write_params: Write) -> dict[str, Any]:
     """Params of the aligned protocol without dropout, everything before training done."""
     tiny_params["distill"] |= {"protocol": "aligned", "epochs": 2, "cosine_steps": 24, "learning_rate": 0.002}
-    for adapter in tiny_params["adapters"].values():
-        adapter["dropout"] = 0.0
+    tiny_params["distill"]["dropout"] = 0.0
     write_params(tiny_params)
     for command in (["prepare"], ["head"], ["teacher", "base"], ["teacher", "teacher"]):
         assert main(command) == 0

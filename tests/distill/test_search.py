@@ -157,8 +157,7 @@ def test_unusable_searches_exit_2(
 def test_trials_trained_together_are_trials(
     ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for adapter in ready["adapters"].values():
-        adapter["dropout"] = 0.0  # a cohort draws it for all together
+    ready["distill"]["dropout"] = 0.0  # a cohort draws it for all together
     ready["search"] |= {"trials": 3, "together": 2}
     write_params(ready)
     assert main(["search", "teacher-kd", "--json"]) == 0

@@ -15,6 +15,7 @@ from kd.distill.adapter import add_lora
 from kd.distill.step import States, make_step
 from kd.distill.train import descend, evaluate
 from kd.models.load import load_model, load_tokenizer, model_folder
+from kd.paper import PROMPTS
 from kd.protocol.alignment import match_examples
 from kd.protocol.reading import teacher_reading
 from kd.teacher.backends.transformers import TransformersTeacher
@@ -43,7 +44,7 @@ def test_held_out_losses_fall_over_epochs_and_do_not_with_shuffled_rows() -> Non
     teacher = TransformersTeacher(CONFIG.teacher)
     states, stored = {}, []
     for example in examples:
-        reading = teacher_reading(tokenizer, "aligned", "teacher", example)
+        reading = teacher_reading(tokenizer, "aligned", PROMPTS["teacher"], example)
         states[example.id] = teacher.states([reading.token_ids])[0][slice(*reading.span)].half()
         stored.append(reading)
     matches = match_examples("aligned", examples, tokenizer, SETTINGS.max_tokens, stored).kept

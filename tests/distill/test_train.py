@@ -23,7 +23,7 @@ from kd.cli import main
 from kd.config import Projection
 from kd.data.rows import read_examples
 from kd.models.adapters import load_student
-from kd.protocol.reading import primed
+from kd.paper import PROMPTS
 
 ADAPTER = Path("artifacts/mini/adapters/teacher-kd")
 
@@ -56,7 +56,8 @@ def plain_published_loop(
     captured = {}
     with torch.no_grad():
         for i, row in enumerate(rows, start=1):
-            ids = tokenizer(primed("teacher", row.question), add_special_tokens=False, return_tensors="pt")["input_ids"]
+            text = PROMPTS["teacher"] + row.question
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             captured[f"Question {i}"] = teacher(ids).logits
     teacher_logits = [captured[key] for key in sorted(captured)]
 

@@ -16,6 +16,7 @@ from kd.cli import main
 from kd.config import load_config
 from kd.data.rows import read_examples
 from kd.models.load import load_tokenizer
+from kd.paper import PROMPTS
 from kd.protocol.reading import teacher_reading
 from kd.store.reader import TeacherStore
 from kd.teacher import backends
@@ -50,7 +51,7 @@ def test_rebuilt_logits_are_exllamav2s_own() -> None:
     opened.head = opened.head.to("cuda")
     for example in examples[:8]:
         own = loaded.model.forward(
-            torch.tensor([teacher_reading(tokenizer, "published", "teacher", example).token_ids])
+            torch.tensor([teacher_reading(tokenizer, "published", PROMPTS["teacher"], example).token_ids])
         )[0]
         with torch.inference_mode():
             through_modules = head.forward(norm.forward(opened.states(example.id).cuda()[None]))[0]

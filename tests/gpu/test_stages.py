@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import begin, contents
 from conftest import environment
+from params import keep
 
 from kd.cli import main
 
@@ -34,10 +35,7 @@ print(os.environ.get("CUDA_VISIBLE_DEVICES", "all"), torch.cuda.device_count())
 @pytest.fixture
 def small(gpu_params: dict[str, Any], write_params: Write) -> dict[str, Any]:
     """Params with one teacher's prompt, two students and three rows of the table."""
-    kept = {"adapters": ("fine-tuning", "teacher-kd"), "experiments": ("no-distillation", "fine-tuning", "teacher-kd")}
-    for key, names in kept.items():
-        gpu_params[key] = {name: gpu_params[key][name] for name in names}
-    gpu_params["prompts"] = ["teacher"]
+    keep(gpu_params, "no-distillation", "fine-tuning", "teacher-kd")
     gpu_params["student"]["dtype"] = "bfloat16"
     write_params(gpu_params)
     return gpu_params

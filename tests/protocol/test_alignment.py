@@ -78,13 +78,13 @@ def test_published_rows_start_at_bos_unshifted_and_are_cut_to_the_shortest(token
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_aligned_distribution_that_predicts_a_token_meets_that_token(tokenizer: Any, prompt: str) -> None:
-    teacher = teacher_reading(tokenizer, "aligned", prompt, example(1))
+    teacher = teacher_reading(tokenizer, "aligned", PROMPTS[prompt], example(1))
     matches = match_examples("aligned", [example(1)], tokenizer, 256, [teacher])
     (match,) = matches.kept
     assert (matches.cut, matches.skipped) == ([], [])
-    assert tokenizer.decode(match.input_ids) == f"<s>{QUESTION}\n{ANSWER}"
-    assert tokenizer.decode(match.labels) == f"\n{ANSWER}"
-    assert tokenizer.decode(teacher.token_ids) == f"<s>{PROMPTS[prompt]}{QUESTION}\n{ANSWER}"
+    assert tokenizer.decode(match.input_ids) == f"<s>{QUESTION}\n{ANSWER}</s>"
+    assert tokenizer.decode(match.labels) == f"\n{ANSWER}</s>"
+    assert tokenizer.decode(teacher.token_ids) == f"<s>{PROMPTS[prompt]}{QUESTION}\n{ANSWER}</s>"
     assert teacher.span[1] - teacher.span[0] == len(match.labels)
     for i, label in enumerate(match.labels):
         assert match.input_ids[match.first_row + i + 1] == label
@@ -93,7 +93,7 @@ def test_aligned_distribution_that_predicts_a_token_meets_that_token(tokenizer: 
 
 def test_aligned_joins_by_id_whatever_the_stores_order(tokenizer: Any) -> None:
     examples = [example(i, target=f"Answer {i}.") for i in range(1, 13)]
-    teachers = [teacher_reading(tokenizer, "aligned", "base", one) for one in reversed(examples)]
+    teachers = [teacher_reading(tokenizer, "aligned", "", one) for one in reversed(examples)]
     matches = match_examples("aligned", examples, tokenizer, 256, teachers).kept
     assert [match.teacher_id for match in matches] == [match.example_id for match in matches]
 
@@ -111,7 +111,7 @@ def test_aligned_cuts_the_answer_and_leaves_out_what_has_none_and_counts_both(to
 
 
 def test_aligned_refuses_a_teacher_that_read_another_answer(tokenizer: Any) -> None:
-    other = teacher_reading(tokenizer, "aligned", "base", example(1, target="Seven."))
+    other = teacher_reading(tokenizer, "aligned", "", example(1, target="Seven."))
     with pytest.raises(UserError, match="train-00001: teacher and student read other tokens as the answer"):
         match_examples("aligned", [example(1)], tokenizer, 256, [other])
 
@@ -125,7 +125,7 @@ def test_no_overlap_is_an_error_that_names_the_example(tokenizer: Any) -> None:
 
 def aligned(tokenizer: Any, one: Example, prompt: str, *quirks: Quirk) -> tuple[Reading, Match]:
     """What the teacher reads for an example, and what of it meets the student."""
-    reading = teacher_reading(tokenizer, "aligned", prompt, one, quirks)
+    reading = teacher_reading(tokenizer, "aligned", PROMPTS[prompt], one, quirks)
     (match,) = match_examples("aligned", [one], tokenizer, 256, [reading], quirks).kept
     return reading, match
 
@@ -133,19 +133,22 @@ def aligned(tokenizer: Any, one: Example, prompt: str, *quirks: Quirk) -> tuple[
 @pytest.mark.parametrize(
     ("quirks", "student_is_to_say", "teacher_has_read"),
     [
-        ([], ["\n", "5"], [f"<s>{PRIMED}", f"<s>{PRIMED}\n"]),
-        (["label-shift"], ["?", "\n"], [f"<s>{PRIMED}", f"<s>{PRIMED}\n"]),
-        (["bos"], ["\n", "5"], [f"{PRIMED}\n", f"{PRIMED}\n5"]),
-        (["prompt-offset"], ["\n", "5"], ["<s>As a te", "<s>As a teac"]),
-        (["bos", "prompt-offset"], ["\n", "5"], ["As a teac", "As a teache"]),
+        ([], ["\n", "5", "</s>"], [f"<s>{PRIMED}", f"<s>{PRIMED}\n", f"<s>{PRIMED}\n5"]),
+        (["no-end"], ["\n", "5"], [f"<s>{PRIMED}", f"<s>{PRIMED}\n"]),
+        (["label-shift"], ["?", "\n", "5"], [f"<s>{PRIMED}", f"<s>{PRIMED}\n", f"<s>{PRIMED}\n5"]),
+        (["bos"], ["\n", "5", "</s>"], [f"{PRIMED}\n", f"{PRIMED}\n5", f"{PRIMED}\n5</s>"]),
+        (["no-end", "bos"], ["\n", "5"], [f"{PRIMED}\n", f"{PRIMED}\n5"]),
+        (["prompt-offset"], ["\n", "5", "</s>"], ["<s>As a te", "<s>As a teac", "<s>As a teache"]),
+        (["bos", "prompt-offset"], ["\n", "5", "</s>"], ["As a teac", "As a teache", "As a teacher"]),
     ],
 )
 def test_with_each_quirk_a_row_meets_another_token_or_another_row_of_the_teacher(
     tokenizer: Any, quirks: list[Quirk], student_is_to_say: list[str], teacher_has_read: list[str]
 ) -> None:
     reading, match = aligned(tokenizer, example(1, SHORT_QUESTION, SHORT_ANSWER), "teacher", *quirks)
-    rows = range(match.first_row, match.first_row + 2)
-    assert [tokenizer.decode(match.input_ids[: row + 1]) for row in rows] == ["<s>2 + 3?", "<s>2 + 3?\n"]
+    student_has_read = ["<s>2 + 3?", "<s>2 + 3?\n", "<s>2 + 3?\n5"][: len(match.labels)]
+    rows = range(match.first_row, match.first_row + len(match.labels))
+    assert [tokenizer.decode(match.input_ids[: row + 1]) for row in rows] == student_has_read
     assert [tokenizer.decode([label]) for label in match.labels] == student_is_to_say
     assert [tokenizer.decode(reading.token_ids[: row + 1]) for row in range(*reading.span)] == teacher_has_read
 
@@ -156,7 +159,7 @@ def test_label_shift_is_only_a_matter_of_the_labels(tokenizer: Any, prompt: str)
     assert shifted[0] == plain[0]
     read = shifted[1].input_ids[shifted[1].first_row :]
     assert shifted[1] == replace(plain[1], labels=read[: len(plain[1].labels)])
-    assert tokenizer.decode(shifted[1].labels) == f"?\n{ANSWER}".removesuffix(" 7")  # of all but the last token
+    assert tokenizer.decode(shifted[1].labels) == f"?\n{ANSWER}"  # of all but the end
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -177,7 +180,7 @@ def test_prompt_offset_takes_rows_as_many_tokens_back_as_the_prompt_has(tokenize
     )
     assert match == met
     assert quirky.token_ids == plain.token_ids
-    bare = teacher_reading(tokenizer, "aligned", "base", example(1))
+    bare = teacher_reading(tokenizer, "aligned", "", example(1))
     prompt_tokens = len(plain.token_ids) - len(bare.token_ids)
     assert (prompt_tokens > 0) == (prompt != "base")
     assert quirky.span == (plain.span[0] - prompt_tokens, plain.span[1] - prompt_tokens)
@@ -186,8 +189,8 @@ def test_prompt_offset_takes_rows_as_many_tokens_back_as_the_prompt_has(tokenize
 
 def test_teacher_order_gives_each_example_the_teachers_rows_for_another_cut_to_the_shorter(tokenizer: Any) -> None:
     examples = [example(i, target=f"#### {'1' * i}") for i in range(1, 13)]
-    teachers = [teacher_reading(tokenizer, "aligned", "base", one, ["teacher-order"]) for one in examples]
-    assert teachers == [teacher_reading(tokenizer, "aligned", "base", one) for one in examples]
+    teachers = [teacher_reading(tokenizer, "aligned", "", one, ["teacher-order"]) for one in examples]
+    assert teachers == [teacher_reading(tokenizer, "aligned", "", one) for one in examples]
     plain = match_examples("aligned", examples, tokenizer, 256, teachers).kept
     quirky = match_examples("aligned", examples, tokenizer, 256, teachers, ["teacher-order"]).kept
     assert [match.teacher_id for match in quirky] == [f"train-{i:05d}" for i in (1, 10, 11, 12, 2, 3, 4, 5, 6, 7, 8, 9)]
@@ -200,9 +203,30 @@ def test_teacher_order_gives_each_example_the_teachers_rows_for_another_cut_to_t
 
 def test_teacher_order_still_refuses_another_answer_where_an_example_meets_its_own_rows(tokenizer: Any) -> None:
     examples = [example(i) for i in range(1, 13)]
-    teachers = [teacher_reading(tokenizer, "aligned", "base", one) for one in examples]
+    teachers = [teacher_reading(tokenizer, "aligned", "", one) for one in examples]
     changed = [examples[0], example(2, target="Two."), *examples[2:]]
     assert len(match_examples("aligned", changed, tokenizer, 256, teachers, ["teacher-order"]).kept) == 12
     changed = [example(1, target="One."), *examples[1:]]
     with pytest.raises(UserError, match="train-00001: teacher and student read other tokens as the answer"):
         match_examples("aligned", changed, tokenizer, 256, teachers, ["teacher-order"])
+
+
+def test_no_end_is_aligned_but_for_the_last_row(tokenizer: Any) -> None:
+    (whole, met), (quirky, match) = (aligned(tokenizer, example(1), "teacher", *quirks) for quirks in ([], ["no-end"]))
+    assert [*quirky.token_ids, tokenizer.eos_token_id] == whole.token_ids
+    assert quirky.span == (whole.span[0], whole.span[1] - 1)
+    assert match == replace(met, input_ids=met.input_ids[:-1], labels=met.labels[:-1])
+
+
+def test_an_answer_cut_to_max_tokens_has_no_end_to_learn(tokenizer: Any) -> None:
+    whole = match_examples("aligned", [example(1)], tokenizer, 256, None).kept[0]
+    (match,) = match_examples("aligned", [example(1)], tokenizer, len(whole.input_ids) - 1, None).kept
+    assert (whole.labels[-1], match.labels) == (tokenizer.eos_token_id, whole.labels[:-1])
+
+
+def test_a_tokenizer_without_an_end_is_refused_unless_the_quirk_is_on(tokenizer: Any) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"names no eos_token, .*; name it in tokenizer_config\.json, or put `no-end`"):
+        match_examples("aligned", [example(1)], tokenizer, 256, None)
+    assert match_examples("aligned", [example(1)], tokenizer, 256, None, ["no-end"]).kept
+    assert match_examples("published", [example(1)], tokenizer, 256, None).kept

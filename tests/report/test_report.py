@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from params import experiments
 from rows import prepare_tests
 
 from kd.cli import main
@@ -28,9 +29,8 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
     prepare_tests((f"How many are {i} and 2?", f"They are {i + 2}.\n#### {i + 2}") for i in range(6))
     folder = Path("artifacts/mini/logs")
     folder.mkdir(parents=True)
-    for right, experiment in enumerate(tiny_params["experiments"]):
+    for right, (experiment, asked) in enumerate(experiments(tiny_params).items()):
         with (folder / f"{experiment}.csv").open("w", newline="") as file:
-            suffix = tiny_params["experiments"][experiment].get("suffix", "")
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for i in range(6):
@@ -40,7 +40,7 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
                     {
                         "question": question,
                         "answer": f"They are {i + 2}.\n#### {i + 2}",
-                        "model_answer": f"{question}{suffix} {response}",
+                        "model_answer": f"{question}{asked.suffix} {response}",
                         "model_output_tokens": 5 + i,
                         "model_max_tokens": i == 4,
                         "extracted_answer": -1 if i == 5 else answer,

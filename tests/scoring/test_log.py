@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from params import experiments, keep
 from rows import prepare_tests
 
 from kd.cli import main
@@ -34,7 +35,7 @@ Rows = list[dict[str, str]]
 @pytest.fixture
 def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Six questions, of which the first stands twice, and three students' logs."""
-    tiny_params["experiments"] = {name: tiny_params["experiments"][name] for name in NAMES}
+    keep(tiny_params, *NAMES)
     write_params(tiny_params)
     write_logs(tiny_params, prepare_tests(questions("How much")))
     return tiny_params
@@ -47,7 +48,7 @@ def questions(begin: str) -> list[tuple[str, str]]:
 def write_logs(params: dict[str, Any], tests: list[Example]) -> None:
     LOGS.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
-        prompts = [test.question + params["experiments"][name].get("suffix", "") for test in tests]
+        prompts = [test.question + experiments(params)[name].suffix for test in tests]
         answers = [Response(f" {text}", 5 + i, i == 1) for i, text in enumerate(RESPONSES[name])]
         (LOGS / f"{name}.csv").write_text(log_text(tests, prompts, answers), newline="")
 

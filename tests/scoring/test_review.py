@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from params import keep
 from rows import prepare_tests
 
 from kd.cli import main
@@ -31,7 +32,7 @@ RESPONSES = ["ten, I think", "It is 20", "no, thirty", "forty \x1b[2J\ud83d"]
 @pytest.fixture
 def log(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> None:
     tiny_params["dataset"]["test_rows"] = 4
-    tiny_params["experiments"] = {"teacher-kd": tiny_params["experiments"]["teacher-kd"]}
+    keep(tiny_params, "teacher-kd")
     write_params(tiny_params)
     prepare_tests((f"How many is {i}0?", f"It is.\n#### {i}0") for i in range(1, 5))
     write_log(RESPONSES)

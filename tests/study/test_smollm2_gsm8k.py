@@ -85,8 +85,7 @@ def small(tmp_path: Path, tiny_llama: Path) -> list[str]:
     params["dataset"] |= {"train_rows": 6, "test_rows": 4}
     params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": str(tiny_llama)}
     params["distill"] |= {"cosine_steps": 12, "checkpoint_every": 4}
-    for experiment in params["experiments"].values():
-        experiment["max_new_tokens"] = 4
+    params["assess"]["max_new_tokens"] = 4
     conditions["seeds"] = [1]
     conditions["teachers"] = {"self": {"adapters": ["base-kd"], "search": "base-kd"}}
     conditions["untrained"] = {"self": {"experiments": ["no-distillation-matched"]}}
@@ -153,7 +152,7 @@ def test_a_student_that_diverges_is_named_and_the_study_ends(small: list[str], t
 
 def test_what_has_changed_since_is_not_taken_for_the_same(small: list[str], tmp_path: Path) -> None:
     assert run_to_end("task", *small, "data")[0] == 0
-    edit(tmp_path / "params.yaml", "assess", {"batch_tokens": 64})
+    edit(tmp_path / "params.yaml", "assess", {"batch_tokens": 64, "max_new_tokens": 4})
     status, said = run_to_end("task", *small, "data")
     assert (status, "data-self.yaml: conditions.yaml or params.yaml changed since" in said) == (2, True)
 

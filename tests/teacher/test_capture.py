@@ -19,7 +19,7 @@ from tiny import make_tiny_llama
 from kd.cli import main
 from kd.data.rows import read_examples
 from kd.models.load import load_model, load_tokenizer
-from kd.protocol.reading import primed
+from kd.paper import PROMPTS
 from kd.store import records
 from kd.store.reader import TeacherStore
 
@@ -43,7 +43,7 @@ def test_rebuilt_logits_are_the_teachers_own(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, "float32", "cpu")
     tokenizer = load_tokenizer(tiny_llama)
     for example in read_examples(Path("artifacts/mini/data/train.jsonl")):
-        token_ids = tokenizer(primed("teacher", example.question), add_special_tokens=False)["input_ids"]
+        token_ids = tokenizer(PROMPTS["teacher"] + example.question, add_special_tokens=False)["input_ids"]
         with torch.inference_mode():
             expected = model(torch.tensor([token_ids])).logits[0]
         rebuilt = opened.logits(example.id)
@@ -185,6 +185,11 @@ def test_store_of_another_tokenizer_or_model_is_refused(
     ("quirk", "message"),
     [
         ("bos", "captured without BOS, which `distill.protocol` and its quirks want the other way; run `kd teacher"),
+        # As the stores of `aligned` were before answers had an end.
+        (
+            "no-end",
+            "captured without an end token, where `distill.protocol`, its quirks and the student's tokenizer want",
+        ),
         ("prompt-offset", "row 1 (train-00001): the rows of tokens ("),
     ],
 )
@@ -205,10 +210,11 @@ def test_a_quirk_that_is_the_teachers_keeps_other_rows_and_is_refused_without(
     for example in read_examples(Path("artifacts/mini/data/train.jsonl")):
         primed_ids, question, answer = (
             tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (primed("teacher", example.question), example.question, "\n" + example.target)
+            for text in (PROMPTS["teacher"] + example.question, example.question, "\n" + example.target)
         )
+        answer += [] if quirk == "no-end" else [tokenizer.eos_token_id]
         # The row before the answer, counted as if BOS had been read, or as if the prompt had not.
-        first = len(primed_ids) if quirk == "bos" else len(question)
+        first = len(question if quirk == "prompt-offset" else primed_ids)
         read = primed_ids + answer if quirk == "bos" else [tokenizer.bos_token_id, *primed_ids, *answer]
         with torch.inference_mode():
             expected = model(torch.tensor([read])).logits[0, first : first + len(answer)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from params import keep
 from safetensors.torch import load_file, save_file
 
 from kd.cli import main
@@ -100,8 +101,7 @@ def test_prompt_statistics_are_the_originals(
     exported: dict[str, torch.Tensor],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tiny_params |= {"prompts": ["base"], "adapters": {"base-kd": tiny_params["adapters"]["base-kd"]}}
-    tiny_params["experiments"] = {"no-distillation": tiny_params["experiments"]["no-distillation"]}
+    keep(tiny_params, "base-kd", "no-distillation")
     write_params(tiny_params)
     chosen = [exported[name][0].float() for name in sorted(exported)[::5]]  # as `safe_open(...).keys()` gives them
     expected = torch.cat([logits.softmax(-1).max(-1)[0] for logits in chosen]).mean()
