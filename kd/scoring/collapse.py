@@ -1,13 +1,13 @@
-"""Whether a student's training loss rose, told from its curve alone."""
+"""Whether training made a student worse: told from the curve of its training loss, or from what others judge it by."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite, nan, sqrt
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 
 SHORTEST = 8  # losses in a mean: fewer say nothing where an update is of one example
-ERRORS = 3  # standard errors that a rise must exceed: of curves that only scatter, one in hundreds does
+ERRORS = 3  # standard errors that a rise must exceed: of losses that only scatter, one in hundreds does
 
 
 def loss_rose(losses: Sequence[float]) -> tuple[float, float] | None:
@@ -31,3 +31,16 @@ def loss_rose(losses: Sequence[float]) -> tuple[float, float] | None:
         if mean(last) - mean(first) > ERRORS * error:
             return mean(first), mean(last)
     return None
+
+
+def ended_worse(before: Sequence[float], after: Sequence[float]) -> tuple[float, float] | None:
+    """The mean losses before and after training, or None where training did not make them worse.
+
+    Both are of the same examples in the same order, so what counts is how far the single ones moved. Worse is what
+    exceeds their scatter, or is no finite number.
+    """
+    if not all(map(isfinite, after)):
+        return fmean(before), nan
+    moved = [end - start for start, end in zip(before, after, strict=True)]
+    error = stdev(moved) / sqrt(len(moved)) if len(moved) > 1 else 0.0
+    return (fmean(before), fmean(after)) if mean(moved) > ERRORS * error else None

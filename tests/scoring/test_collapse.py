@@ -1,4 +1,4 @@
-"""Told from its curve: did a training loss rise?"""
+"""Did a training loss rise, and did training make a student worse?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.scoring.collapse import loss_rose
+from kd.scoring.collapse import ended_worse, loss_rose
 
 
 def curve(shape: list[float], scatter: float, seed: int = 0) -> list[float]:
@@ -50,3 +50,13 @@ def test_a_loss_that_is_no_number_has_risen_to_it_and_a_short_curve_says_nothing
 @given(st.floats(-1e6, 1e6), st.integers(0, 100))
 def test_a_constant_loss_has_not_risen(loss: float, length: int) -> None:
     assert loss_rose([loss] * length) is None
+
+
+def test_a_student_is_worse_where_its_examples_are_by_more_than_their_scatter() -> None:
+    before = curve([1.4] * 16, 0.5)
+    assert ended_worse(before, [loss + 1 for loss in before]) == pytest.approx((sum(before) / 16, sum(before) / 16 + 1))
+    assert ended_worse(before, curve(before, 0.1, seed=1)) is None
+    assert ended_worse(before, [loss - 1 for loss in before]) is None
+    assert ended_worse(before, before) is None
+    assert ended_worse(before, [*before[1:], math.nan])
+    assert ended_worse([1.4], [1.5]) == (1.4, 1.5)
