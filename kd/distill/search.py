@@ -146,6 +146,8 @@ def _run_trials(study: optuna.Study, config: Config, experiment: str, exam: Exam
     """Run trials, one after the other or several as a cohort, until so many as asked for are in one of `states`."""
     import optuna
 
+    untrained = study.user_attrs[UNTRAINED]
+
     def suggested(trial: optuna.Trial) -> Config:
         # A sampler of its own for each trial: whoever runs it, it draws the same values after the same trials.
         study.sampler = optuna.samplers.TPESampler(seed=_sampler_seed(config.seed, trial.number))
@@ -153,7 +155,7 @@ def _run_trials(study: optuna.Study, config: Config, experiment: str, exam: Exam
         return config.model_copy(update={"distill": _shortened(settings, exam)})
 
     def objective(trial: optuna.Trial) -> float:
-        outcomes = _one_by_one(suggested(trial), experiment, exam, study.user_attrs[UNTRAINED], trial.number)
+        outcomes = _one_by_one(suggested(trial), experiment, exam, untrained, trial.number)
         return _settled(trial, outcomes, len(config.search.seeds))
 
     enough = optuna.study.MaxTrialsCallback(config.search.trials, states=states)
@@ -163,8 +165,7 @@ def _run_trials(study: optuna.Study, config: Config, experiment: str, exam: Exam
             continue
         warnings.filterwarnings("ignore", "Heartbeat of storage")  # a trial of a killed cohort is just not counted
         trials = [study.ask() for _ in range(min(left, config.search.together))]
-        configs = [suggested(trial) for trial in trials]
-        found = _side_by_side(configs, experiment, exam, study.user_attrs[UNTRAINED])
+        found = _side_by_side([suggested(trial) for trial in trials], experiment, exam, untrained)
         for trial, outcomes in zip(trials, found, strict=True):
             try:
                 study.tell(trial, _settled(trial, outcomes, len(config.search.seeds)))

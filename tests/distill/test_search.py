@@ -169,6 +169,24 @@ def test_unusable_searches_exit_2(
     write_params(ready)
     assert main(["search", "teacher-kd"]) == 2
     assert "search: learning_rate: expected [low, high], found [0.05, 0.001]" in capsys.readouterr().err
+    ready["search"] |= {"learning_rate": None, "seeds": [1, 2, 1]}
+    write_params(ready)
+    assert main(["search", "teacher-kd"]) == 2
+    assert "search: seeds: a seed stands twice; name each once" in capsys.readouterr().err
+
+
+def test_values_that_teach_nothing_are_said_to_teach_nothing(
+    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready["distill"]["learning_rate"] = 1e-3
+    ready["search"] |= {"trials": 1, "seeds": [1], "alpha": [1.0, 1.0]}
+    write_params(ready)
+    assert main(["search", "teacher-kd", "--json"]) == 0
+    captured = capsys.readouterr()
+    best = json.loads(captured.out)
+    assert best["cross_entropy"] == pytest.approx(best["untrained"], abs=0.01)
+    worse = "teacher-kd: even these values leave the worst seed no better than the untrained student"
+    assert (worse in captured.err) == (best["cross_entropy"] >= best["untrained"])
 
 
 @pytest.mark.usefixtures("ready")
@@ -231,9 +249,8 @@ def test_a_range_that_reaches_far_too_high_is_survived_and_what_is_printed_can_b
     assert [f"seed {seed} {loss:.4f}" in printed for seed, loss in best["seeds"].items()] == [True] * 3
     assert max(best["seeds"].values()) == best["cross_entropy"] < best["untrained"]
     found = YAML(typ="safe").load(printed)
-    assert found["distill"] == ready["distill"] | {"jsd_beta": 0.5, "divergence": "reverse-kl"} | {
-        name: best[name] for name in ("alpha", "temperature", "learning_rate")
-    }
+    searched = {name: best[name] for name in ("alpha", "temperature", "learning_rate")}
+    assert found["distill"] == found["distill"] | ready["distill"] | searched
     for losses in trained(ready | found, write_params, capsys):
         assert not loss_rose(losses)
         assert fmean(losses[12:]) < fmean(losses[:12])  # the second epoch, the first
