@@ -7,7 +7,7 @@ from math import isfinite, nan, sqrt
 from statistics import fmean, mean, stdev
 
 SHORTEST = 8  # losses in a mean: fewer say nothing where an update is of one example
-ERRORS = 3  # standard errors that a rise must exceed: of losses that only scatter, one in hundreds does
+ERRORS = 3  # standard errors that a rise must exceed: of losses that only scatter one in hundreds does, more of a few
 
 
 def loss_rose(losses: Sequence[float]) -> tuple[float, float] | None:
