@@ -163,7 +163,7 @@ def _add_stages(commands: Any) -> None:
     search = stage(
         "search",
         _search,
-        "search alpha and T for one student: Bayesian, resumable, by many processes",
+        "search alpha and T for one student: Bayesian, over several seeds, resumable, by many processes",
         "search/{experiment}",
     )
     search.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters` that has a teacher")
@@ -401,9 +401,10 @@ def _search(config: Config, options: argparse.Namespace) -> None:
     from kd.config import choose
 
     choose(options.experiment, list(config.adapters), "experiment", "adapters")
-    from kd.distill.search import search
+    from kd.distill.search import recommendation, search
 
-    _print_values(search(config, options.experiment, options.storage, options.on_test), options.json)
+    best = search(config, options.experiment, options.storage, options.on_test)
+    _print(_json(best) if options.json else recommendation(best))
 
 
 def _measure(config: Config, options: argparse.Namespace) -> None:

@@ -198,10 +198,12 @@ class Distill(Params):
 
 class Search(Params):
     """The search over alpha and T, and over the learning rate where it has a range: trials in all, ranges [low, high]
-    (the learning rate's by its logarithm), and the training rows kept for judging. `together` trials are trained at
-    once, as a cohort: a GPU has hardly more to do for ten small students than for one."""
+    (the learning rate's by its logarithm), and the training rows kept for judging. Each trial trains a student for each
+    of `seeds`. `together` trials are trained at once, as a cohort: a GPU has hardly more to do for ten small students
+    than for one."""
 
     trials: Count
+    seeds: list[Seed] = Field(default=[1, 2, 3], min_length=1)
     alpha: list[Probability] = Field(min_length=2, max_length=2)
     temperature: list[Positive] = Field(min_length=2, max_length=2)
     learning_rate: list[Positive] | None = Field(default=None, min_length=2, max_length=2)
@@ -214,6 +216,12 @@ class Search(Params):
             low, high = getattr(self, name) or (0, 0)
             if low > high:
                 raise ValueError(f"{name}: expected [low, high], found [{low}, {high}]")
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Search:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: a seed stands twice; name each once")
         return self
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -227,10 +228,21 @@ def descend(
     """Train from update `done` on; each record's rate is the mean over the students, its losses that over those that
     have not diverged."""
     settings = [member.settings for member in members]
+    for number, losses in descend_apart(members, matches, step, done):
+        example = matches[0][(number - 1) % len(matches[0])].example_id
+        total, ce, kl = map(_mean, losses)
+        rate = fmean(learning_rate(number - 1, one) for one in settings)
+        yield Record(number, [example], total, ce, kl, rate)
+
+
+def descend_apart(
+    members: list[Member], matches: list[list[Match]], step: EagerStep | GraphStep, done: int = 0
+) -> Iterator[tuple[int, list[list[float]]]]:
+    """Train from update `done` on: each update's number, and the totals, cross entropies and divergences [3, students]
+    before it."""
+    settings = [member.settings for member in members]
     steps = step_count(matches[0], settings[0])
-    rates = torch.tensor([[[learning_rate(i, one)] for one in settings] for i in range(steps)])
-    shared = rates.mean((1, 2)).tolist()
-    rates = rates.to(step.device)
+    rates = torch.tensor([[[learning_rate(i, one)] for one in settings] for i in range(steps)]).to(step.device)
     batches = list(zip(*(_owned(number, own) for number, own in enumerate(matches)), strict=True))
     ahead = (batches * settings[0].epochs)[done:]
     width = next(member.lesson.store.manifest.width for member in members if member.lesson.store)
@@ -243,17 +255,13 @@ def descend(
         return member.lesson.states(teacher_id)
 
     tensors = on_device((make_batch(list(batch), states, step.bucket) for batch in ahead), step.device)
-    launched = (
-        (number, _mean(step(inputs, rates[number - 1]))) for number, inputs in enumerate(tensors, start=done + 1)
-    )
-    for number, (total, ce, kl) in read_behind(launched, settings[0].checkpoint_every, steps):
-        example = ahead[number - done - 1][0].example_id
-        yield Record(number, [example], total, ce, kl, shared[number - 1])
+    launched = ((number, step(inputs, rates[number - 1])) for number, inputs in enumerate(tensors, start=done + 1))
+    yield from read_behind(launched, settings[0].checkpoint_every, steps)
 
 
-def _mean(losses: torch.Tensor) -> torch.Tensor:
-    """Means [3] over the students [3, students] whose losses are numbers; NaN where none is."""
-    return losses.where(losses.isfinite(), torch.nan).nanmean(1)
+def _mean(losses: list[float]) -> float:
+    """The mean over the students whose losses are numbers; NaN where none is."""
+    return fmean([loss for loss in losses if math.isfinite(loss)] or [math.nan])
 
 
 def _owned(number: int, matches: list[Match]) -> list[Match]:

@@ -3,6 +3,11 @@ searches the learning rate as well where `search.learning_rate` gives it a range
 
 The original judged its trials on the test split, and so chose alpha and T with the data it reported on. Here the last
 `search.eval_rows` training rows are left out of training and judge; `on_test` repeats the original's choice.
+
+Values that suit one seed can make another collapse. So a trial trains a student for each of `search.seeds`, over all
+epochs, and counts as its worst one does: a mean would let two good students hide one that is lost, and whoever uses the
+values trains few students. A trial with a student that diverges, whose training loss rises, or that ends clearly worse
+than the untrained one is pruned at once and cannot be recommended.
 """
 
 from __future__ import annotations
@@ -11,14 +16,17 @@ import hashlib
 import math
 import sys
 import warnings
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from statistics import fmean, mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
+from ruamel.yaml import YAML
 
-from kd.config import Config, Search
+from kd.config import Config, Distill, Search
 from kd.data.rows import read_examples
 from kd.distill import cohort
 from kd.distill.adapter import fresh_student
@@ -33,12 +41,38 @@ from kd.io.progress import progress
 from kd.io.stopping import what_is_kept
 from kd.models.load import load_tokenizer, model_folder
 from kd.protocol.alignment import Match, match_examples
+from kd.scoring.collapse import ended_worse, loss_rose
 
 if TYPE_CHECKING:
     import optuna
 
 STUDY = "study.db"
 HEARTBEAT_S = 60  # a trial whose process has not been heard of for twice this is given to another
+UNTRAINED, SEEDS, COLLAPSED = "untrained", "seeds", "collapsed"  # what Optuna keeps of a study, and of a trial
+DIVERGED = "its training diverged"
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a search's students learn from, the examples they are trained on, and those that judge them."""
+
+    lesson: Lesson
+    training: list[Match]
+    judges: list[Match]
+
+    def judge(self, student: Any, settings: Distill) -> list[float]:
+        """A student's cross entropy of each example that judges."""
+        model = student.get_base_model()
+        return [float(evaluate(model, [judge], None, None, settings).cross_entropy) for judge in self.judges]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial's student: its cross entropy, or why it is lost."""
+
+    seed: int
+    cross_entropy: float = math.nan
+    lost: str = ""
 
 
 def search(config: Config, experiment: str, storage: str | None, on_test: bool) -> dict[str, Any]:
@@ -52,8 +86,8 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
 
     folder = config.artifacts / "search" / experiment
     folder.mkdir(parents=True, exist_ok=True)
-    lesson, training, judges = _split(config, experiment, on_test)
-    judged = "test" if on_test else str(len(judges))
+    exam = _exam(config, experiment, on_test)
+    judged = "test" if on_test else str(len(exam.judges))
     with FileLock(folder / "study.lock"):  # processes begin together, and Optuna makes its tables unguarded
         study = optuna.create_study(
             storage=optuna.storages.RDBStorage(
@@ -61,28 +95,11 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
                 heartbeat_interval=HEARTBEAT_S,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
             ),
-            study_name="-".join([experiment, judged, _ranges(config.search), run_key(config, experiment, __name__)]),
+            pruner=optuna.pruners.MedianPruner(),
+            study_name="-".join([experiment, judged, _meaning(config.search), run_key(config, experiment, __name__)]),
             load_if_exists=True,
         )
-
-    def suggested(trial: optuna.Trial) -> Config:
-        # A sampler of its own for each trial: whoever runs it, it draws the same values after the same trials.
-        study.sampler = optuna.samplers.TPESampler(seed=_sampler_seed(config.seed, trial.number))
-        settings = config.distill.model_copy(update=_suggested(trial, config.search))
-        return config.model_copy(update={"distill": settings})
-
-    def objective(trial: optuna.Trial) -> float:
-        settings = suggested(trial).distill
-        student = fresh_student(config, experiment)
-        records = descend(make_step(student, lesson.head, settings), training, lesson.states, settings)
-        deque(progress(records, f"trial {trial.number}", "step"), maxlen=0)
-        loss = float(evaluate(student.get_base_model(), judges, None, None, settings).cross_entropy)
-        if not math.isfinite(loss):
-            raise optuna.TrialPruned("training diverged")
-        return loss
-
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    enough = optuna.study.MaxTrialsCallback(config.search.trials, states=states)
     together = config.search.together
     lower = [*([f"`search.together` ({together})"] if together > 1 else []), *lowerable(config)]
     kept = f"keeps the trials that {storage or folder / STUDY} has"
@@ -90,25 +107,207 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
         what_is_kept(folder, lambda: f"the same command {kept}"),
         shortage_told(f"search, {experiment}", lower, lambda: kept),
     ):
-        while (left := config.search.trials - len(study.get_trials(states=states))) > 0:
-            if together == 1:
-                study.optimize(objective, callbacks=[enough])
-                continue
-            warnings.filterwarnings("ignore", "Heartbeat of storage")  # a trial of a killed cohort is just not counted
-            trials = [study.ask() for _ in range(min(left, together))]
-            members = [Member(suggested(trial), experiment, lesson) for trial in trials]
-            for trial, loss in zip(trials, _side_by_side(members, training, judges), strict=True):
-                diverged = None if math.isfinite(loss) else optuna.trial.TrialState.PRUNED
-                study.tell(trial, None if diverged else loss, diverged)
+        if UNTRAINED not in study.user_attrs:
+            study.set_user_attr(UNTRAINED, exam.judge(fresh_student(config, experiment), config.distill))
+        _run_trials(study, config, experiment, exam, states)
     if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
-        rates = "search" if config.search.learning_rate else "distill"
-        raise UserError(f"{experiment}: training diverged in every trial; lower `{rates}.learning_rate`")
+        raise UserError(_all_lost(study, config, experiment))
     with FileLock(folder / "result.lock"), whole_folder(folder / "result") as work:  # processes end together
         # Read under the lock, so that the last result is that of all trials.
-        best = {**study.best_params, "cross_entropy": study.best_value, "trials": len(study.get_trials(states=states))}
+        best = _best(study, config, len(exam.judges))
         write_json(work / "best.json", best)
         _plots(study, work)
+    if best["cross_entropy"] >= best["untrained"]:
+        print(
+            f"kd: {experiment}: even these values leave the worst seed no better than the untrained student; train for "
+            "more epochs, on more rows or at another learning rate",
+            file=sys.stderr,
+        )
     return best
+
+
+def recommendation(best: dict[str, Any]) -> str:
+    """What `search` found, as YAML to be pasted into a params file: the whole section `distill`, behind comments."""
+    snippet = StringIO()
+    YAML().dump({"distill": best["distill"]}, snippet)
+    found = ", ".join(f"{name} {best[name]:.4g}" for name in ("alpha", "temperature", "learning_rate") if name in best)
+    spread = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in best["spread"].items())
+    seeds = ", ".join(f"seed {seed} {value:.4f}" for seed, value in best["seeds"].items())
+    worst = f"{best['cross_entropy']:.4f} at the worst seed, {best['untrained']:.4f} untrained"
+    return f"""# found: {found}
+# cross entropy of {best["judged_rows"]} rows: {worst}
+# by seed: {seeds}
+# spread: {spread}
+# trials: {best["trials"]}, {best["pruned"]} of them pruned
+{snippet.getvalue()}"""
+
+
+def _run_trials(study: optuna.Study, config: Config, experiment: str, exam: Exam, states: Any) -> None:
+    """Run trials, one after the other or several as a cohort, until so many as asked for are in one of `states`."""
+    import optuna
+
+    untrained = study.user_attrs[UNTRAINED]
+
+    def suggested(trial: optuna.Trial) -> Config:
+        # A sampler of its own for each trial: whoever runs it, it draws the same values after the same trials.
+        study.sampler = optuna.samplers.TPESampler(seed=_sampler_seed(config.seed, trial.number))
+        settings = config.distill.model_copy(update=_suggested(trial, config.search))
+        return config.model_copy(update={"distill": _shortened(settings, exam)})
+
+    def objective(trial: optuna.Trial) -> float:
+        outcomes = _one_by_one(suggested(trial), experiment, exam, untrained, trial.number)
+        return _settled(trial, outcomes, len(config.search.seeds))
+
+    enough = optuna.study.MaxTrialsCallback(config.search.trials, states=states)
+    while (left := config.search.trials - len(study.get_trials(states=states))) > 0:
+        if config.search.together == 1:
+            study.optimize(objective, callbacks=[enough])
+            continue
+        warnings.filterwarnings("ignore", "Heartbeat of storage")  # a trial of a killed cohort is just not counted
+        trials = [study.ask() for _ in range(min(left, config.search.together))]
+        found = _side_by_side([suggested(trial) for trial in trials], experiment, exam, untrained)
+        for trial, outcomes in zip(trials, found, strict=True):
+            try:
+                study.tell(trial, _settled(trial, outcomes, len(config.search.seeds)))
+            except optuna.TrialPruned as pruned:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                # As `optimize` says it.
+                optuna.logging.get_logger("optuna.study").info(f"Trial {trial.number} pruned. {pruned}")
+
+
+def _settled(trial: optuna.Trial, outcomes: Iterable[Outcome], seeds: int) -> float:
+    """The cross entropy of a trial's worst student; TrialPruned at the first that is lost, and where those so far are
+    worse than the median trial's."""
+    import optuna
+
+    judged: dict[int, float] = {}
+    for outcome in outcomes:
+        if outcome.lost:
+            trial.set_user_attr(COLLAPSED, outcome.lost)
+            raise optuna.TrialPruned(f"Seed {outcome.seed}: {outcome.lost}")
+        judged[outcome.seed] = outcome.cross_entropy
+        trial.report(max(judged.values()), len(judged))
+        if len(judged) < seeds and trial.should_prune():
+            raise optuna.TrialPruned(
+                f"Seed {outcome.seed}: its cross entropy, {outcome.cross_entropy:.4f}, is above the median trial's"
+            )
+    trial.set_user_attr(SEEDS, {str(seed): loss for seed, loss in judged.items()})
+    return max(judged.values())
+
+
+def _one_by_one(config: Config, experiment: str, exam: Exam, untrained: list[float], number: int) -> Iterator[Outcome]:
+    """A trial's students, each trained when it is asked for."""
+    steps = step_count(exam.training, config.distill)
+    for seed in config.search.seeds:
+        student = fresh_student(config.model_copy(update={"seed": seed}), experiment)
+        step = make_step(student, exam.lesson.head, config.distill)
+        records = descend(step, exam.training, exam.lesson.states, config.distill)
+        losses: list[float] = []
+        for record in progress(records, f"trial {number}, seed {seed}", "step", steps):
+            losses.append(record.loss)
+            if lost := _lost(losses, steps // config.distill.epochs):
+                yield Outcome(seed, lost=lost)
+                return
+        yield _judged(seed, exam.judge(student, config.distill), untrained)
+
+
+def _side_by_side(
+    configs: list[Config], experiment: str, exam: Exam, untrained: list[float]
+) -> Iterator[list[Outcome]]:
+    """The students of several trials, trained as one cohort until each trial has lost one."""
+    runs = [(trial, seed) for trial in range(len(configs)) for seed in configs[trial].search.seeds]
+    members = [
+        Member(configs[trial].model_copy(update={"seed": seed}), experiment, exam.lesson) for trial, seed in runs
+    ]
+    matches = [exam.training] * len(members)
+    student, trained, step = cohort.begin(members, matches)
+    steps = step_count(exam.training, configs[0].distill)
+    curves: list[list[float]] = [[] for _ in members]
+    lost: dict[int, dict[int, str]] = {trial: {} for trial in range(len(configs))}  # why, by trial and seed
+    updates = cohort.descend_apart(members, matches, step)
+    for _, (totals, *_) in progress(updates, f"{len(configs)} trials", "step", steps):
+        for (trial, seed), curve, loss in zip(runs, curves, totals, strict=True):
+            curve.append(loss)
+            if why := _lost(curve, steps // configs[trial].distill.epochs):
+                lost[trial].setdefault(seed, why)
+        if all(lost.values()):
+            break
+    for trial, config in enumerate(configs):
+        if lost[trial]:
+            yield [Outcome(seed, lost=why) for seed, why in lost[trial].items()]
+            continue
+        outcomes = []
+        for member, (of, seed) in enumerate(runs):
+            if of == trial:
+                trained.show(member)
+                outcomes.append(_judged(seed, exam.judge(student, config.distill), untrained))
+        yield outcomes
+
+
+def _lost(losses: Sequence[float], epoch: int) -> str | None:
+    """Why a student with these losses so far is lost, if it is; asked after each update, and looked at closely after an
+    `epoch` of them."""
+    if not math.isfinite(losses[-1]):
+        return f"{DIVERGED}, its loss was {losses[-1]} at update {len(losses)}"
+    rose = loss_rose(losses) if len(losses) % epoch == 0 else None
+    return f"its training loss rose from {rose[0]:.4g} to {rose[1]:.4g} in {len(losses)} updates" if rose else None
+
+
+def _judged(seed: int, losses: list[float], untrained: list[float]) -> Outcome:
+    """What became of a student that was trained to the end, by its cross entropies and the untrained student's."""
+    if worse := ended_worse(untrained, losses):
+        return Outcome(seed, lost=f"its cross entropy went from {worse[0]:.4g}, untrained, to {worse[1]:.4g}")
+    return Outcome(seed, fmean(losses))
+
+
+def _best(study: optuna.Study, config: Config, judged_rows: int) -> dict[str, Any]:
+    """best.json: the values recommended, what they came to, and the whole section `distill` with them.
+
+    Not simply the best trial: of those that its own spread over seeds does not tell from it, the one with the lowest
+    learning rate. The best of many lies close to where students collapse, and owes something to luck.
+    """
+    import optuna
+
+    complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    pruned = study.get_trials(states=(optuna.trial.TrialState.PRUNED,))
+    least = min(complete, key=_worst)
+    near = [trial for trial in complete if _worst(trial) <= _worst(least) + _deviation(least)]
+    chosen = min(near, key=lambda trial: (trial.params.get("learning_rate", 0.0), _worst(trial)))
+    seeds = chosen.user_attrs[SEEDS]
+    spread = {"lowest": min(seeds.values()), "mean": mean(seeds.values()), "highest": max(seeds.values())}
+    return {
+        **chosen.params,
+        "cross_entropy": _worst(chosen),
+        "seeds": seeds,
+        "spread": spread | {"standard_deviation": _deviation(chosen)},
+        "untrained": fmean(study.user_attrs[UNTRAINED]),
+        "judged_rows": judged_rows,
+        "trials": len(complete) + len(pruned),
+        "pruned": len(pruned),
+        "distill": config.distill.model_copy(update=chosen.params).model_dump(mode="json"),
+    }
+
+
+def _worst(trial: optuna.trial.FrozenTrial) -> float:
+    """The cross entropy of a complete trial's worst student, which is the trial's value."""
+    worst: float = max(trial.user_attrs[SEEDS].values())
+    return worst
+
+
+def _deviation(trial: optuna.trial.FrozenTrial) -> float:
+    """The standard deviation of a trial's cross entropies over its seeds; 0 of one seed."""
+    losses = list(trial.user_attrs[SEEDS].values())
+    return stdev(losses) if len(losses) > 1 else 0.0
+
+
+def _all_lost(study: optuna.Study, config: Config, experiment: str) -> str:
+    """What a person is told whose trials were all pruned."""
+    trials = study.get_trials(deepcopy=False)
+    why = [trial.user_attrs[COLLAPSED] for trial in trials if COLLAPSED in trial.user_attrs]
+    rates = config.search.learning_rate
+    key = f"`search.learning_rate` ({rates})" if rates else f"`distill.learning_rate` ({config.distill.learning_rate})"
+    what = "diverged" if all(one.startswith(DIVERGED) for one in why) else "diverged or collapsed"
+    return f"{experiment}: training {what} in every trial; lower {key}; of the last trial's student: {why[-1]}"
 
 
 def _sampler_seed(seed: int, trial: int) -> int:
@@ -116,20 +315,9 @@ def _sampler_seed(seed: int, trial: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}, {trial}".encode()).digest()[:4])
 
 
-def _side_by_side(members: list[Member], training: list[Match], judges: list[Match]) -> Iterator[float]:
-    """The cross entropy that each trial's student comes to."""
-    matches = [training] * len(members)
-    student, trained, step = cohort.begin(members, matches)
-    steps = step_count(training, members[0].settings)
-    deque(progress(cohort.descend(members, matches, step), f"{len(members)} trials", "step", steps), maxlen=0)
-    for number, member in enumerate(members):
-        trained.show(number)
-        yield float(evaluate(student.get_base_model(), judges, None, None, member.settings).cross_entropy)
-
-
-def _ranges(ranges: Search) -> str:
-    """The ranges as a part of a study's name: trials of others do not count."""
-    document = ranges.model_dump_json(include={"alpha", "temperature", "learning_rate"})
+def _meaning(how: Search) -> str:
+    """The ranges and seeds as a part of a study's name: trials of others do not count."""
+    document = how.model_dump_json(include={"alpha", "temperature", "learning_rate", "seeds"})
     return hashlib.sha256(document.encode()).hexdigest()[:8]
 
 
@@ -141,7 +329,14 @@ def _suggested(trial: optuna.Trial, ranges: Search) -> dict[str, float]:
     return tried
 
 
-def _split(config: Config, experiment: str, on_test: bool) -> tuple[Lesson, list[Match], list[Match]]:
+def _shortened(settings: Distill, exam: Exam) -> Distill:
+    """The same schedule over the rows that are left to train on: where the run is shorter, the cosine's period is."""
+    whole = step_count(exam.lesson.matches.kept, settings)
+    steps = round(settings.cosine_steps * step_count(exam.training, settings) / whole)
+    return settings.model_copy(update={"cosine_steps": max(1, steps)})
+
+
+def _exam(config: Config, experiment: str, on_test: bool) -> Exam:
     """The lesson, the examples to train on and those that judge."""
     lesson = prepare_lesson(config, experiment)
     if lesson.store is None:
@@ -155,12 +350,12 @@ def _split(config: Config, experiment: str, on_test: bool) -> tuple[Lesson, list
         tokenizer = load_tokenizer(model_folder(config.student.model))
         how = config.distill
         judges = match_examples(how.protocol, tests, tokenizer, how.max_tokens, None, how.quirks)
-        return lesson, kept, judges.kept
+        return Exam(lesson, kept, judges.kept)
     if rows >= len(kept):
         raise UserError(
             f"search.eval_rows: {rows} rows to judge by, but only {len(kept)} examples; leave some to train on"
         )
-    return lesson, kept[:-rows], kept[-rows:]
+    return Exam(lesson, kept[:-rows], kept[-rows:])
 
 
 def _plots(study: optuna.Study, folder: Path) -> None:

@@ -118,11 +118,10 @@ def descend(
         yield Record(number, examples, total, cross_entropy, divergence if states else None, rate)
 
 
-def read_behind(
-    launched: Iterable[tuple[int, torch.Tensor]], every: int, last: int
-) -> Iterator[tuple[int, list[float]]]:
-    """The numbers of updates and their losses [3]. A GPU is kept busy by launching an update before the losses of the
-    one before are read; at a multiple of `every` and at the `last` all are read before the next launch."""
+def read_behind(launched: Iterable[tuple[int, torch.Tensor]], every: int, last: int) -> Iterator[tuple[int, list[Any]]]:
+    """The numbers of updates and their losses [3], or a cohort's [3, students]. A GPU is kept busy by launching an
+    update before the losses of the one before are read; at a multiple of `every` and at the `last` all are read before
+    the next launch."""
     waiting: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
     for number, losses in launched:
         waiting.append((number, *_on_host(losses)))

@@ -262,9 +262,9 @@ class Plan:
             _link(arm.at("teacher"), capture.at("teacher"))
         return load_config(arm.params)
 
-    def searched(self, teacher: str) -> dict[str, float]:
-        """The values under `distill` that the search found for a teacher."""
-        found: dict[str, float] = read_json(self.best(teacher), f"what the search for the {teacher} teacher found")
+    def searched(self, teacher: str) -> dict[str, Any]:
+        """What the search found for a teacher, among it the values under `distill`."""
+        found: dict[str, Any] = read_json(self.best(teacher), f"what the search for the {teacher} teacher found")
         return found
 
     def best(self, teacher: str) -> Path:
