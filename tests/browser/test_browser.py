@@ -165,7 +165,9 @@ def test_tables_and_charts_need_no_script(opened: Callable[..., Any], report_fil
     rows = page.locator("#results table").first.locator("tbody tr")
     expect(rows).to_have_count(7)
     assert rows.nth(5).inner_text().split("\t")[0] == "ground-truth-kd"
-    assert rows.nth(5).inner_text().split("\t")[-1] == "48.14%"
+    assert rows.nth(6).inner_text().split("\t")[-1] == "the control"
+    expect(page.locator("main > section").first).to_contain_text("five trained students")
+    expect(page.locator("main > section").first.locator("#chart-accuracy")).to_be_visible()
     for chart in ("accuracy", "loss", "agreement", "rule-sets", "length"):
         expect(page.locator(f"#chart-{chart} svg")).to_be_visible()
     expect(page.locator("#provenance")).to_contain_text("artifacts/mini/logs/teacher-kd.csv")
