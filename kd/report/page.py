@@ -17,7 +17,7 @@ from importlib.resources import files
 
 from kd.report.charts import Chart
 
-_NUMERIC = re.compile(r"[-+]?[0-9][0-9.,]*+%?(?:[ /]|\Z)")
+_NUMERIC = re.compile(r"[-+]?[0-9](?:[.,]?[0-9])*+%?(?:[ /]|\Z)")
 
 
 @dataclass(frozen=True)

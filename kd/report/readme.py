@@ -8,14 +8,16 @@ The same results give the same bytes.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kd.errors import UserError
-from kd.io.files import read_json, write_text
+from kd.io.files import read_json, whole_file, write_text
 from kd.report.charts import Chart, protocol_chart, standalone, svg
 
+KEYS = {"profile", "protocol", "control", "experiments", "differs_from_paper"}
 HEADINGS = {"aligned": "As the method says (aligned)", "published": "As the paper did it (published)"}
 
 
@@ -58,11 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("picture", type=Path, help="the SVG file to write")
     options = parser.parse_args(arguments)
     try:
-        chart = picture([read_json(path, "what `kd report` writes") for path in options.results])
+        chart = picture([_read(path) for path in options.results])
+        with whole_file(options.picture) as work:
+            write_text(work, standalone(chart, svg(chart)) + "\n")
     except UserError as error:
-        parser.error(str(error))
-    write_text(options.picture, standalone(chart, svg(chart)) + "\n")
+        print(f"kd: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    document = read_json(path, "what `kd report` writes")
+    if not (isinstance(document, dict) and document.keys() >= KEYS):
+        raise UserError(f"{path}: not a results.json of `kd report`; run it again")
+    return document
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kd.config import Config
+from kd.errors import UserError
 from kd.io.files import read_json
 from kd.io.table import read_table
 from kd.paper import CHECK_LOSSES, RESULTS
@@ -60,12 +62,23 @@ def collect(config: Config, answered: Mapping[str, Sequence[Answered]], curves: 
 
 
 def read_curves(config: Config) -> dict[str, Curve]:
-    """The loss curve of each adapter that is there."""
-    return {
-        adapter: [(int(row["step"]), float(row["loss"])) for row in read_table(path, ("step", "loss"))]
-        for adapter in config.adapters
-        if (path := config.artifacts / "adapters" / adapter / LOSS).exists()
-    }
+    """The loss curve of each adapter that has one."""
+    paths = {adapter: config.artifacts / "adapters" / adapter / LOSS for adapter in config.adapters}
+    curves = {adapter: _curve(path, adapter) for adapter, path in paths.items() if path.exists()}
+    return {adapter: curve for adapter, curve in curves.items() if curve}
+
+
+def _curve(path: Path, adapter: str) -> Curve:
+    curve = []
+    for number, row in enumerate(read_table(path, ("step", "loss"), f"run `kd train {adapter}` again"), start=1):
+        try:
+            step, loss = int(row["step"]), float(row["loss"])
+        except ValueError:
+            step, loss = 0, math.nan
+        if not math.isfinite(loss):
+            raise UserError(f"{path} row {number}: no step and loss; run `kd train {adapter}` again")
+        curve.append((step, loss))
+    return curve
 
 
 def _result(config: Config, name: str, rows: Sequence[Answered], curves: Mapping[str, Curve]) -> dict[str, Any]:

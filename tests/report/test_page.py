@@ -22,7 +22,12 @@ from kd.report.page import Section, listing, page, table
 from kd.scoring.rules.rule import NOTHING, Extraction
 
 EXPERIMENTS = {
-    name: {"accuracy": share, "interval": (share - 0.01, share + 0.01), "published_accuracy": published}
+    name: {
+        "accuracy": share,
+        "interval": (share - 0.01, share + 0.01),
+        "published_accuracy": published,
+        "trained": name != "a",
+    }
     for name, share, published in (("a", 0.2, 0.25), ("b", 0.9, None))
 }
 

@@ -232,6 +232,25 @@ def test_a_student_that_collapsed_stays_in_the_table_and_is_marked(capsys: pytes
     assert (REPORT / "losses/base-kd.tsv").read_text().splitlines()[:2] == ["step\tloss", "0\t2.0"]
 
 
+@pytest.mark.usefixtures("logs")
+@pytest.mark.parametrize("row", ["3\tnan", "3\tx", "x\t2.0"])
+def test_an_unusable_loss_curve_is_refused(capsys: pytest.CaptureFixture[str], row: str) -> None:
+    lose("base-kd", [2.0] * 3)
+    with Path("artifacts/mini/adapters/base-kd/loss/plots/metrics/loss.tsv").open("a") as file:
+        file.write(row + "\n")
+    assert main(["report"]) == 2
+    said = capsys.readouterr().err
+    assert "loss.tsv row 4: " in said
+    assert "run `kd train base-kd` again" in said
+
+
+@pytest.mark.usefixtures("logs")
+def test_a_loss_curve_without_updates_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    lose("base-kd", [])
+    assert main(["report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["experiments"]["base-kd"]["loss"] is None
+
+
 def lose(name: str, losses: list[float]) -> None:
     """The loss curve that training leaves."""
     folder = Path("artifacts/mini/adapters", name, "loss/plots/metrics")
