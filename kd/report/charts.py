@@ -37,6 +37,8 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": False,
+    "figure.constrained_layout.w_pad": 0.1,  # a file's background has an edge
+    "figure.constrained_layout.h_pad": 0.1,
     "grid.color": PALE,
     "grid.alpha": 0.35,
     "grid.linewidth": 0.6,
@@ -275,7 +277,7 @@ def _bars(axes: Axes, experiments: Mapping[str, Mapping[str, Any]], control: str
     # A rate of 0 or 1 can lie a rounding error outside its own interval; a bar's arm cannot be negative.
     arms = [[max(0.0, value - low), max(0.0, high - value)] for value, (low, high) in zip(measured, ends, strict=True)]
     trained = [one.get("trained", True) for one in found]
-    for is_trained, colour, label in ((False, PALE, "not trained"), (True, COLOURS[4], "trained")):
+    for is_trained, colour, label in ((False, PALE, "not trained"), (True, COLOURS[0], "trained")):
         rows = [row for row, so in enumerate(trained) if so is is_trained]
         if rows:
             values = [measured[row] for row in rows]

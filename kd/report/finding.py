@@ -25,7 +25,7 @@ def comparability(results: Mapping[str, Any]) -> str:
     if not differs:
         return "This profile reruns the paper, whose figures stand beside its own."
     these = "These are the miniature's problems: nothing here" if _is_miniature(results) else "Nothing here"
-    return f"{these} can be compared with the paper: {listed(differs)}."
+    return f"{these} can be compared with the paper ({listed(differs)})."
 
 
 def is_difference(against: Mapping[str, Any]) -> bool:

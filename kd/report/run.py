@@ -109,7 +109,7 @@ def _results(results: dict[str, Any]) -> list[Section]:
     pairs = table(tables.pair_rows(results["comparisons"]), tables.PAIRS_TITLE)
     sections = [
         Section(
-            "The paper's table",
+            "The experiments",
             table(tables.result_rows(results), "Test questions that are right") + listing(tables.notes(results)),
         ),
         Section("Pairs", folded("All pairs of experiments on the same questions", pairs)),

@@ -84,12 +84,12 @@ def test_students_that_collapsed_are_named() -> None:
     ("source", "differs", "said"),
     [
         ("hub", [], "This profile reruns the paper, whose figures stand beside its own."),
-        ("hub", ["another teacher"], "Nothing here can be compared with the paper: another teacher."),
+        ("hub", ["another teacher"], "Nothing here can be compared with the paper (another teacher)."),
         (
             "miniature",
             ["other data", "another student"],
-            "These are the miniature's problems: nothing here can be compared with the paper: other data and another "
-            "student.",
+            "These are the miniature's problems: nothing here can be compared with the paper (other data and another "
+            "student).",
         ),
     ],
 )
