@@ -57,7 +57,7 @@ def _against_control(trained: Mapping[str, Mapping[str, Any]]) -> str:
         group = {name: one for name, one in changed.items() if sign * one["difference"] > 0}
         if group:
             what = f"{word} test questions right {control}" if not parts else word
-            parts.append(f"{_who(group, trained, first=not parts)} {what}{_most(group)}")
+            parts.append(f"{_who(group, trained, first=not parts)} {what}{_largest(group)}")
     if not parts:
         return _no_difference(against, control.removeprefix("than "))
     rest = len(against) - len(changed)
@@ -79,11 +79,13 @@ def _who(group: Mapping[str, Any], trained: Mapping[str, Any], *, first: bool) -
     return f"{_number(len(group)).capitalize()} of the {_number(len(trained))} trained students{name} {verb}"
 
 
-def _most(group: Mapping[str, Mapping[str, Any]]) -> str:
-    """The largest difference of a group."""
+def _largest(group: Mapping[str, Mapping[str, Any]]) -> str:
+    """The largest difference of a group, all of whose differences have one sign."""
     name, one = max(group.items(), key=lambda item: abs(item[1]["difference"]))
-    size = f"({100 * abs(one['difference']):.0f} points, {p_value(one['p_holm'], 0.001)})"
-    return f" {size}" if len(group) == 1 else f", most of all {name} {size}"
+    points, p = f"{100 * abs(one['difference']):.0f} points", p_value(one["p_holm"], 0.001)
+    if len(group) == 1:
+        return f" ({points}, {p})"
+    return f"; the largest {'gain' if one['difference'] > 0 else 'drop'} is that of {name}, {points} ({p})"
 
 
 def _no_difference(against: Mapping[str, Mapping[str, Any]], control: str) -> str:

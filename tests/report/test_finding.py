@@ -30,12 +30,12 @@ def results(control: str | None = CONTROL, asked_alike: bool = True, **trained: 
         (
             results(a=(0.28, 0.0001), b=(0.15, 0.004), c=(0.01, 1.0)),
             "Two of the three trained students answer more test questions right than the untrained one asked the same "
-            "way, most of all a (28 points, p < 0.001); for the other no difference is shown.",
+            "way; the largest gain is that of a, 28 points (p < 0.001); for the other no difference is shown.",
         ),
         (
             results(a=(0.28, 0.012), b=(0.15, 0.04)),
-            "Both trained students answer more test questions right than the untrained one asked the same way, "
-            "most of all a (28 points, p 0.012).",
+            "Both trained students answer more test questions right than the untrained one asked the same way; "
+            "the largest gain is that of a, 28 points (p 0.012).",
         ),
         (
             results(a=(0.28, 0.012)),
@@ -50,7 +50,8 @@ def results(control: str | None = CONTROL, asked_alike: bool = True, **trained: 
         (
             results(a=(-0.1, 0.012), b=(0.3, 0.001), c=(-0.09, 0.02)),
             "One of the three trained students, b, answers more test questions right than the untrained one asked the "
-            "same way (30 points, p 0.001); two answer fewer, most of all a (10 points, p 0.012).",
+            "same way (30 points, p 0.001); two answer fewer; the largest drop is that of a, 10 points "
+            "(p 0.012).",
         ),
         (
             results(a=(0.016, 1.0), b=(-0.031, 0.5)),

@@ -15,23 +15,27 @@ import pytest
 from rows import prepare_tests
 
 from kd.cli import main
+from kd.config import load_config
 from kd.io.files import sha256
 from kd.scoring.log import COLUMNS
 from kd.scoring.review import response_sha256
 
 REPORT = Path("artifacts/mini/report")
+STUDENTS = "no-distillation fine-tuning base-kd confidence-kd teacher-kd ground-truth-kd".split()
+STUDENTS.append("no-distillation-matched")
 
 
 @pytest.fixture
 def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Six rows a log: experiment number i has the first i right, but for the last row, that no rule settles."""
+    """Six rows a log: student number i has the first i right, but for the last row, that no rule settles."""
     write_params(tiny_params)
     prepare_tests((f"How many are {i} and 2?", f"They are {i + 2}.\n#### {i + 2}") for i in range(6))
     folder = Path("artifacts/mini/logs")
     folder.mkdir(parents=True)
-    for right, experiment in enumerate(tiny_params["experiments"]):
+    suffixes = {name: one.suffix for name, one in load_config(Path("params.yaml")).experiments.items()}
+    for right, experiment in enumerate(STUDENTS):
         with (folder / f"{experiment}.csv").open("w", newline="") as file:
-            suffix = tiny_params["experiments"][experiment].get("suffix", "")
+            suffix = suffixes[experiment]
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for i in range(6):
@@ -57,28 +61,22 @@ def test_results_hold_counts_intervals_and_comparisons(capsys: pytest.CaptureFix
     assert main(["report", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results == json.loads((REPORT / "results.json").read_text())
-    assert list(results["experiments"]) == [
-        "no-distillation",
-        "fine-tuning",
-        "base-kd",
-        "confidence-kd",
-        "teacher-kd",
-        "ground-truth-kd",
-        "no-distillation-matched",
-    ]
+    assert list(results["experiments"]) == list(load_config(Path("params.yaml")).experiments)
+    assert set(results["experiments"]) == set(STUDENTS)
     row = results["experiments"]["confidence-kd"]
     assert (row["correct"], row["rows"], row["accuracy"], row["undecided"]) == (3, 6, 0.5, [6])
     assert row["published_accuracy"] is None  # the miniature is not the paper's experiment
     assert row["interval"] == pytest.approx([0.1876, 0.8124], abs=1e-4)
     assert len(results["comparisons"]) == 21
-    first = results["comparisons"][0]
-    assert (first["first"], first["second"], first["only_first"], first["only_second"]) == (
-        "no-distillation",
-        "fine-tuning",
-        0,
-        1,
-    )
-    assert first["p"] == first["p_holm"] == 1
+    pairs = {(pair["first"], pair["second"]): pair for pair in results["comparisons"]}
+    first = pairs["no-distillation", "fine-tuning"]
+    assert (first["only_first"], first["only_second"], first["p"], first["p_holm"]) == (0, 1, 1, 1)
+    against = row["against_control"]
+    assert (against["only_this"], against["only_control"], against["asked_alike"]) == (0, 2, True)
+    assert (against["p"], against["p_holm"]) == (0.5, 1)
+    assert results["control"] == STUDENTS[-1]
+    assert results["experiments"]["no-distillation-matched"]["against_control"] is None
+    assert not results["experiments"]["no-distillation"]["against_control"]["asked_alike"]
 
 
 @pytest.mark.usefixtures("logs")
@@ -87,13 +85,14 @@ def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) ->
     shown, printed, notes, pairs = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
     assert shown[0].startswith("None of the five trained students is shown to differ from the untrained one asked")
     assert re.split("  +", printed[0]) == ["Experiment", "Accuracy", "95 % interval", "Correct", "Against control"]
-    assert re.split("  +", printed[-1]) == ["no-distillation-matched", "83.33%", "43.6% to 97.0%", "5/6", "the control"]
-    assert re.split("  +", printed[3])[-1] == "-66.7, no difference shown"
+    rows = {line.split()[0]: re.split("  +", line)[1:] for line in printed}
+    assert rows["no-distillation-matched"] == ["83.33%", "43.6% to 97.0%", "5/6", "the control"]
+    assert rows["fine-tuning"][-1] == "-66.7, no difference shown"
     assert max(map(len, [*shown, *printed, *notes])) <= 120
     assert "over the 6 comparisons" in " ".join(notes)
     assert "Asked in another way than the control: no-distillation." in notes
     assert notes[-2].startswith("No rule settles, so they count as wrong until `kd review` decides them: no-dist")
-    assert pairs[-1].split()[:3] == ["ground-truth-kd", "no-distillation-matched", "+0.00%"]
+    assert ["base-kd", "ground-truth-kd", "-50.00%"] in [pair.split()[:3] for pair in pairs]
     text = (REPORT / "results.md").read_text()
     assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | +0.0, no difference shown |" in text
     assert "| no-distillation | fine-tuning | -16.67% |" in text
