@@ -44,3 +44,25 @@ PROMPTS: dict[str, str] = {
         "for smaller models to understand and learn from without losing too much detail. "
     ),
 }
+
+# The experiment that these figures belong to: its data, models, and settings (llama-3.1-405b-6bpw/, distillation/).
+DATASET, TRAIN_ANSWERS, TRAIN_ROWS = "openai/gsm8k", "socratic", 2638
+TEACHER = "ek826/Meta-Llama-3.1-405B-Instruct-6.0bpw-exl2"
+STUDENTS = ("meta-llama/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")  # one model, renamed
+TRAINING: dict[str, object] = {
+    "protocol": "published",
+    "temperature": 5.942267335064758,
+    "alpha": 0.6093348343631224,
+    "divergence": "reverse-kl",
+    "epochs": 2,
+    "batch_rows": 1,
+    "max_tokens": 256,
+    "learning_rate": 5e-6,
+    "momentum": 0.9,
+    "weight_decay": 1e-2,
+    "cosine_steps": TRAIN_ROWS,
+    "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+}
+DROPOUT = {"base-kd": 0.2}  # of the published adapters; all others have 0.1
+CONTROL, SUFFIX = "no-distillation", "\n Please respond with just the answer. The answer is:"
+LIMIT, CONTROL_LIMIT = 350, 50  # new tokens, of the control alone the second

@@ -14,7 +14,6 @@ from kd.errors import finite
 from kd.io.files import whole_file, write_json
 from kd.io.progress import progress
 from kd.models.load import default_device
-from kd.paper import MEAN_MAX_PROBABILITY
 from kd.protocol.order import published_teacher_order
 from kd.store.reader import TeacherStore
 
@@ -43,6 +42,5 @@ def _measure(config: Config, prompt: str) -> dict[str, Any]:
         "mean_max_probability": mean,
         "positions": positions,
         "questions": len(chosen),
-        "published": MEAN_MAX_PROBABILITY.get(prompt),
         "versions": opened.manifest.model.versions,
     }

@@ -13,6 +13,7 @@ from kd.audit.logs import COMMIT, SHA256, Log
 from kd.io.files import whole_folder, write_json, write_text
 from kd.report import charts
 from kd.report.explorer import Question, Responses, pack
+from kd.report.finding import listed
 from kd.report.page import Section, folded, page, table
 from kd.report.tables import PAIRS_TITLE, aligned, pair_rows
 from kd.scoring.extract import RULE_SETS
@@ -171,6 +172,7 @@ def _page(document: dict[str, Any], prepared: Prepared, shown: Sequence[tuple[ch
         "The published logs, scored again",
         f"{prepared.questions} questions of GSM8K's test set and {len(experiments)} experiments of arXiv 2412.17846; "
         f"logs of its repository at commit {COMMIT[:12]}.",
+        [_opening(experiments)],
         [
             Section("The paper's table", table(_count_rows(experiments), "Published, and recomputed from the rows")),
             Section("Findings", _finding_list(document["findings"])),
@@ -184,6 +186,19 @@ def _page(document: dict[str, Any], prepared: Prepared, shown: Sequence[tuple[ch
         shown,
         prepared.packed,
         [Section("Files", table(_file_rows(document["data"]), f"assessment/logs at commit {COMMIT}"))],
+    )
+
+
+def _opening(experiments: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the chart of the accuracies shows, in a sentence."""
+    off = {name: abs(e["recomputed_accuracy"] - e["published_accuracy"]) for name, e in experiments.items()}
+    other = [name for name, distance in off.items() if distance >= 1e-4]  # the paper cuts its digits or rounds them
+    automatic = [name for name, e in experiments.items() if not e["manual_published"]]
+    return (
+        f"Of {len(off)} accuracies that the paper prints, {len(off) - len(other)} are what its logs come to"
+        + (f", and not those of {listed(other)}" if other else "")
+        + (f"; the hand decisions behind {listed(automatic)} were not published" if automatic else "")
+        + "."
     )
 
 

@@ -41,7 +41,7 @@ from kd.io.progress import progress
 from kd.io.stopping import what_is_kept
 from kd.models.load import load_tokenizer, model_folder
 from kd.protocol.alignment import Match, match_examples
-from kd.scoring.collapse import ended_worse, loss_rose
+from kd.scoring.collapse import ended_worse, loss_ends
 
 if TYPE_CHECKING:
     import optuna
@@ -249,8 +249,9 @@ def _lost(losses: Sequence[float], epoch: int) -> str | None:
     `epoch` of them."""
     if not math.isfinite(losses[-1]):
         return f"{DIVERGED}, its loss was {losses[-1]} at update {len(losses)}"
-    rose = loss_rose(losses) if len(losses) % epoch == 0 else None
-    return f"its training loss rose from {rose[0]:.4g} to {rose[1]:.4g} in {len(losses)} updates" if rose else None
+    if len(losses) % epoch or not (ends := loss_ends(losses))["rose"]:
+        return None
+    return f"its training loss rose from {ends['first']:.4g} to {ends['last']:.4g} in {len(losses)} updates"
 
 
 def _judged(seed: int, losses: list[float], untrained: list[float]) -> Outcome:

@@ -15,7 +15,7 @@ from kd.io.files import whole_folder, write_text
 from kd.io.table import table_text
 from kd.protocol.reading import student_token_ids
 from kd.report import attention_charts as charts
-from kd.report.tables import read_prompts
+from kd.report.published import read_prompts
 
 TOP_HEADS = 10
 LAYER_HEADER = ("experiment", "layer", *METRICS, "similarity_to_next")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 5.4  # inches: about as wide as a phone, so that the text is still to be read there
+WIDE = 7.3  # the same for a picture of two panels, on a page for a screen
 INK, PALE = "#1b1f24", "#8b929b"  # INK becomes the page's own text colour; PALE is seen on light and dark
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442")  # Okabe and Ito
 MARKERS = "osD^vPX"
@@ -36,6 +37,8 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": False,
+    "figure.constrained_layout.w_pad": 0.1,  # a file's background has an edge
+    "figure.constrained_layout.h_pad": 0.1,
     "grid.color": PALE,
     "grid.alpha": 0.35,
     "grid.linewidth": 0.6,
@@ -49,7 +52,12 @@ STYLE: Any = {
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _FONT = re.compile(r"(?:(?P<weight>bold) )?(?P<size>[0-9.]+px) .*")
-_STANDALONE = "svg{color-scheme:light dark;color:CanvasText}"  # opened by itself it follows the reader's scheme
+# In a file of its own, or in an <img>, which inherits nothing: a background and an ink that change together, so that
+# it can be read on any page whatever that page's scheme.
+_STANDALONE = (
+    "svg{color:#1b1f24;background:#fff}@media(prefers-color-scheme:dark){svg{color:#e6e8eb;background:#14171a}}"
+)
+PIXELS = 96  # an inch, on a screen
 
 
 @dataclass(frozen=True)
@@ -62,54 +70,55 @@ class Chart:
     figure: Figure
 
 
-def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]]) -> Chart:
-    """Measured accuracy as bars with 95 % intervals, the published figure as a mark on each.
+def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]], control: str | None = None) -> Chart:
+    """Measured accuracy as bars with 95 % intervals, the published figure as a mark on each that has one.
 
-    Each experiment has `accuracy`, `interval` and `published_accuracy` (None: not in the paper).
+    Each experiment has `accuracy`, `interval` and `published_accuracy` (None: there is none to stand beside it), and
+    may have `trained` and `collapsed`. A line goes through the bar of the `control`.
     """
-    measured = [100 * one["accuracy"] for one in experiments.values()]
-    ends = [[100 * end for end in one["interval"]] for one in experiments.values()]
-    # A rate of 0 or 1 can lie a rounding error outside its own interval; a bar's arm cannot be negative.
-    arms = [[max(0.0, value - low), max(0.0, high - value)] for value, (low, high) in zip(measured, ends, strict=True)]
     marks = [
         (100 * one["published_accuracy"], i)
         for i, one in enumerate(experiments.values())
         if one["published_accuracy"] is not None
     ]
     with _axes(0.42 * len(experiments) + 1.1) as (figure, axes):
-        axes.barh(
-            range(len(measured)),
-            measured,
-            0.62,
-            color=COLOURS[4],
-            edgecolor=INK,
-            linewidth=0.8,
-            label="measured, 95 % interval",
-        )
-        axes.errorbar(
-            measured,
-            range(len(measured)),
-            xerr=list(zip(*arms, strict=True)),
-            fmt="none",
-            ecolor=INK,
-            elinewidth=1.4,
-            capsize=4,
-        )
+        _bars(axes, experiments, control)
         if marks:
             axes.plot(*zip(*marks, strict=True), "D", color=COLOURS[1], markeredgecolor=INK, label="published")
-        for row, value in enumerate(measured):
-            axes.annotate(f"{value:.1f}%", (1, row), xycoords=("axes fraction", "data"), ha="right", va="center")
-        axes.set_xlim(0, 1.3 * max(10, *(high for _, high in ends), *(x for x, _ in marks)))
+        highest = max(*(100 * one["interval"][1] for one in experiments.values()), *(x for x, _ in marks), 10)
+        axes.set_xlim(0, 1.3 * highest)
         _name_rows(axes, experiments)
         axes.set_xlabel("accuracy on the test questions (%)")
         _legend(figure, axes)
-    return Chart(
-        "accuracy",
-        "Accuracy",
-        "Bars, and figures on the right: share of test questions that are right, with "
-        "its 95 % Wilson interval. Diamonds: what the paper printed.",
-        figure,
-    )
+    caption = "Bars, and figures on the right: share of test questions that are right, with its 95 % Wilson interval."
+    if control:
+        caption += f" The line: {control}."
+    if marks:
+        caption += " Diamonds: what the paper printed."
+    return Chart("accuracy", "Accuracy", caption, figure)
+
+
+def protocol_chart(panels: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Chart:
+    """The accuracies of several results documents side by side, with their headings, in one order of rows.
+
+    `names` has the experiments in that order, each by what it is called. Each panel has a line through its control's
+    bar, and all have one scale.
+    """
+    documents = panels.values()
+    ends = [100 * document["experiments"][name]["interval"][1] for document in documents for name in names]
+    with _figure(WIDE, 0.4 * len(names) + 1.35) as figure:
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (heading, document) in zip(row, panels.items(), strict=True):
+            _bars(axes, {name: document["experiments"][name] for name in names}, document["control"])
+            axes.set_title(heading, loc="left", fontweight="bold", fontsize=11)
+            axes.set_xlim(0, 1.25 * max(10, *ends))
+            axes.set_xlabel("test questions right (%)")
+        _name_rows(row[0], {called: name for name, called in names.items()})
+        for axes in row[1:]:
+            _name_rows(axes, names)
+            axes.set_yticklabels([])
+        _legend(figure, row[0])
+    return Chart("protocols", f"Accuracy: {', '.join(panels)}", "", figure)
 
 
 def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
@@ -247,24 +256,74 @@ def svg(chart: Chart) -> str:
     return ElementTree.tostring(_element(chart), encoding="unicode")
 
 
+def standalone(chart: Chart, drawn: str) -> str:
+    """The text of an SVG file of the chart, `drawn` as `svg` gave it."""
+    width, height = (round(PIXELS * inches) for inches in chart.figure.get_size_inches())
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+    return drawn.replace("<svg", head, 1).replace(">", f"><style>{_STANDALONE}</style>", 1)
+
+
 def write_chart(chart: Chart, drawn: str, folder: Path) -> None:
     """Write the chart, `drawn` as `svg` gave it, as <name>.svg and <name>.png."""
-    head = '<svg xmlns="http://www.w3.org/2000/svg"'
-    write_text(
-        folder / f"{chart.name}.svg", drawn.replace("<svg", head, 1).replace(">", f"><style>{_STANDALONE}</style>", 1)
-    )
+    write_text(folder / f"{chart.name}.svg", standalone(chart, drawn))
     chart.figure.savefig(folder / f"{chart.name}.png", dpi=150, facecolor="white", metadata={"Software": None})
+
+
+def _bars(axes: Axes, experiments: Mapping[str, Mapping[str, Any]], control: str | None) -> None:
+    """A row for each experiment: a bar, its 95 % interval, its accuracy on the right; a line through the control's."""
+    found = list(experiments.values())
+    measured = [100 * one["accuracy"] for one in found]
+    ends = [[100 * end for end in one["interval"]] for one in found]
+    # A rate of 0 or 1 can lie a rounding error outside its own interval; a bar's arm cannot be negative.
+    arms = [[max(0.0, value - low), max(0.0, high - value)] for value, (low, high) in zip(measured, ends, strict=True)]
+    trained = [one.get("trained", True) for one in found]
+    for is_trained, colour, label in ((False, PALE, "not trained"), (True, COLOURS[0], "trained")):
+        rows = [row for row, so in enumerate(trained) if so is is_trained]
+        if rows:
+            values = [measured[row] for row in rows]
+            axes.barh(
+                rows,
+                values,
+                0.62,
+                color=colour,
+                edgecolor=INK,
+                linewidth=0.8,
+                hatch="" if is_trained else "////",
+                label="measured" if all(trained) else label,
+            )
+    axes.errorbar(
+        measured,
+        range(len(measured)),
+        xerr=list(zip(*arms, strict=True)),
+        fmt="none",
+        ecolor=INK,
+        elinewidth=1.4,
+        capsize=4,
+        label="95 % interval",
+    )
+    if control is not None:
+        axes.axvline(100 * experiments[control]["accuracy"], color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
+    for row, (one, value) in enumerate(zip(found, measured, strict=True)):
+        text = f"{'collapsed, ' if one.get('collapsed') else ''}{value:.1f}%"
+        axes.annotate(text, (1, row), xycoords=("axes fraction", "data"), ha="right", va="center")
 
 
 @contextmanager
 def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
     """A figure of the style with one set of axes to draw on."""
+    with _figure(WIDTH, height) as figure:
+        yield figure, figure.subplots()
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """An empty figure of the style, laid out when all is drawn."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        yield figure, figure.subplots()
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
         layout = figure.get_layout_engine()
         assert layout is not None
         layout.execute(figure)  # once, not again for each format

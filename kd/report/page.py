@@ -17,7 +17,7 @@ from importlib.resources import files
 
 from kd.report.charts import Chart
 
-_NUMERIC = re.compile(r"[-+]?[0-9][0-9.,]*+%?(?:[ /]|\Z)")
+_NUMERIC = re.compile(r"[-+]?[0-9](?:[.,]?[0-9])*+%?(?:[ /]|\Z)")
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,17 @@ class Section:
 def page(
     title: str,
     setting: str,
+    opening: Sequence[str],
     results: Sequence[Section],
     charts: Sequence[tuple[Chart, str]],
     packed: str,
     provenance: Sequence[Section],
 ) -> str:
-    """The whole file: `charts` with their SVG, `packed` as `explorer.pack` gives it."""
+    """The whole file: `charts` with their SVG, `packed` as `explorer.pack` gives it.
+
+    It opens with the first chart and what it shows, `opening`, a sentence or two.
+    """
+    first, *others = charts
     style, script = _asset("page.css"), _asset("page.js")
     parts = {
         "title": escape(title),
@@ -45,8 +50,9 @@ def page(
         "style_hash": _hash(style),
         "script": script,
         "script_hash": _hash(script),
+        "finding": "".join(map(paragraph, opening)) + _figure(*first),
         "results": _sections(results),
-        "charts": "".join(_figure(chart, drawn) for chart, drawn in charts),
+        "charts": "".join(_figure(chart, drawn) for chart, drawn in others),
         "provenance": _sections(provenance),
         "packed": packed,
     }
@@ -82,6 +88,12 @@ def folded(summary: str, html: str) -> str:
 def paragraph(text: str) -> str:
     """Plain text as a paragraph."""
     return f"<p>{escape(text)}</p>\n"
+
+
+def listing(texts: Sequence[str]) -> str:
+    """Plain texts as a list; nothing where there are none."""
+    items = "".join(f"<li>{escape(text)}</li>\n" for text in texts)
+    return f"<ul class=notes>\n{items}</ul>\n" if items else ""
 
 
 def _sections(sections: Sequence[Section]) -> str:

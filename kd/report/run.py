@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kd.config import Config
 from kd.data.rows import final_answer
 from kd.io.files import sha256, whole_folder, write_json, write_text
-from kd.io.table import read_table
 from kd.report import charts, tables
 from kd.report.explorer import Question, Responses, pack
-from kd.report.page import Section, folded, page, paragraph, table
+from kd.report.finding import comparability, finding
+from kd.report.page import Section, folded, listing, page, paragraph, table
+from kd.report.results import Curve, collect, read_curves
 from kd.scoring.extract import RULE_SETS, extract
-from kd.scoring.log import Answered, is_correct, log_file, read_answered, score
+from kd.scoring.log import Answered, is_correct, log_file, read_answered
 from kd.scoring.rules.rule import Extraction
 
 COUNTED = "as counted: documented rules, then by hand"
@@ -22,27 +22,32 @@ COUNTED_RULES = "documented"
 # Math-Verify takes milliseconds a response and does not say where an answer stands.
 READERS = [rules for rules in RULE_SETS if rules != "math-verify"]
 PARAMS = ("profile", "seed", "dataset", "teacher", "prompts", "student", "distill", "adapters", "assess", "experiments")
-LOSS = Path("loss", "plots", "metrics", "loss.tsv")  # what training leaves beside an adapter
+LOSSES = "losses"  # the loss curve of each student, for DVC to plot whoever they are
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def report(config: Config) -> dict[str, Any]:
     """Score every experiment's log and write artifacts/<profile>/report; returns the results."""
     answered = {name: read_answered(config, name) for name in config.experiments}
-    results = tables.collect(config, {name: score(rows) for name, rows in answered.items()})
+    curves = read_curves(config)
+    results = collect(config, answered, curves)
     responses = {name: _responses(rows) for name, rows in answered.items()}
-    shown = [charts.drawn(chart) for chart in _charts(config, results, responses)]
+    shown = [charts.drawn(chart) for chart in _charts(results, responses, curves)]
     with whole_folder(config.artifacts / "report") as work:
         write_json(work / "results.json", results)
         write_text(work / "results.md", tables.markdown(results))
         for chart, drawn in shown:
             charts.write_chart(chart, drawn, work)
+        for student, curve in curves.items():
+            (work / LOSSES).mkdir(exist_ok=True)
+            write_text(work / LOSSES / f"{student}.tsv", _tsv(curve))
         questions = [_question(row) for row in next(iter(answered.values()))]
         write_text(
             work / "index.html",
             page(
                 f"Response-priming distillation: {config.profile}",
                 tables.setting(results),
+                [finding(results), comparability(results)],
                 _results(results),
                 shown,
                 pack(questions, responses),
@@ -79,11 +84,12 @@ def _counted(row: Answered, found: Extraction) -> Extraction:
     return Extraction(row.taken, row.rule, found.span if (found.answer, found.rule) == (row.taken, row.rule) else None)
 
 
-def _charts(config: Config, results: dict[str, Any], responses: Mapping[str, Responses]) -> Iterator[charts.Chart]:
+def _charts(
+    results: dict[str, Any], responses: Mapping[str, Responses], curves: Mapping[str, Curve]
+) -> Iterator[charts.Chart]:
     counted = {name: [found.answer for found in one.taken[COUNTED]] for name, one in responses.items()}
     right = {name: one.right[COUNTED] for name, one in responses.items()}
-    yield charts.accuracy_chart(results["experiments"])
-    curves = _loss_curves(config)
+    yield charts.accuracy_chart(results["experiments"], results["control"])
     if curves:
         yield charts.loss_chart(curves)
     yield charts.agreement_chart(counted, right)
@@ -95,20 +101,17 @@ def _charts(config: Config, results: dict[str, Any], responses: Mapping[str, Res
     )
 
 
-def _loss_curves(config: Config) -> dict[str, list[tuple[int, float]]]:
-    """Step and loss of every update of each adapter that is there."""
-    curves = {}
-    for adapter in config.adapters:
-        path = config.artifacts / "adapters" / adapter / LOSS
-        if path.exists():
-            curves[adapter] = [(int(row["step"]), float(row["loss"])) for row in read_table(path, ("step", "loss"))]
-    return curves
+def _tsv(curve: Curve) -> str:
+    return "step\tloss\n" + "".join(f"{step}\t{loss}\n" for step, loss in curve)
 
 
 def _results(results: dict[str, Any]) -> list[Section]:
     pairs = table(tables.pair_rows(results["comparisons"]), tables.PAIRS_TITLE)
     sections = [
-        Section("The paper's table", table(tables.result_rows(results), "Measured beside published")),
+        Section(
+            "The experiments",
+            table(tables.result_rows(results), "Test questions that are right") + listing(tables.notes(results)),
+        ),
         Section("Pairs", folded("All pairs of experiments on the same questions", pairs)),
     ]
     if results["check_losses"]:

@@ -1,52 +1,27 @@
-"""The results of a profile, as a document and as the paper's table."""
+"""The results document (kd/report/results.py) as tables and sentences, for a terminal, as Markdown, for the page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from textwrap import fill
 from typing import Any
 
-from kd.config import Config
-from kd.io.files import read_json
-from kd.paper import CHECK_LOSSES, RESULTS
-from kd.scoring.log import Score
-from kd.scoring.significance import compare_pairs, wilson_interval
+from kd.report.finding import comparability, finding, is_difference, p_value
+from kd.report.signs import WORDS, in_words, signs
 
-CHECK = "check.json"  # what training leaves beside an adapter
-HEADER = ("Experiment", "Accuracy", "95 % interval", "Correct", "By hand", "Undecided", "Published")
 PAIRS_HEADER = ("first", "second", "difference", "95 % interval", "only first", "only second", "p", "p (Holm)")
 PAIRS_TITLE = "Pairs on the same questions: McNemar's exact test, Holm-corrected; bootstrap interval of the difference"
 
 
-def collect(config: Config, scores: Mapping[str, Score]) -> dict[str, Any]:
-    """The results document: what was run and, per experiment, what it came to and what was published."""
-    prompts, trained = read_prompts(config), _trained(config)
-    return {
-        "profile": config.profile,
-        "protocol": config.distill.protocol,
-        "seed": config.seed,
-        "dataset": config.dataset.model_dump(),
-        "student": config.student.model_dump(),
-        "teacher": config.teacher.model_dump(),
-        "versions": {  # of what made the results, wherever that was; not of the report
-            "training": {adapter: check["versions"] for adapter, check in trained.items()},
-            "teacher": {prompt: found["versions"] for prompt, found in prompts.items()},
-        },
-        "prompts": prompts,
-        "experiments": {name: _result(name, scored) for name, scored in scores.items()},
-        "comparisons": [
-            asdict(pair) for pair in compare_pairs({name: scored.right for name, scored in scores.items()}, config.seed)
-        ],
-        "check_losses": {
-            adapter: {"check_loss": check["check_loss"], "published": CHECK_LOSSES.get(adapter)}
-            for adapter, check in trained.items()
-        },
-    }
-
-
 def table(results: dict[str, Any]) -> str:
-    """The table for a terminal, columns aligned, and the pairs below it."""
-    return f"{aligned(result_rows(results))}\n{PAIRS_TITLE}\n{aligned(pair_rows(results['comparisons']))}"
+    """For a terminal: what is shown, the table with its notes, and the pairs below it."""
+    parts = [
+        _filled([finding(results), comparability(results)]),
+        aligned(result_rows(results)),
+        _filled(notes(results)),
+        f"{PAIRS_TITLE}\n{aligned(pair_rows(results['comparisons']))}",
+    ]
+    return "\n".join(filter(None, parts))
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> str:
@@ -71,8 +46,10 @@ def markdown(results: dict[str, Any]) -> str:
     """The same as Markdown, with what stands behind it."""
     parts = [
         f"# Results: {results['profile']}\n",
+        f"{finding(results)} {comparability(results)}\n",
         f"{setting(results)}\n",
         markdown_table(result_rows(results)),
+        "".join(f"- {note}\n" for note in notes(results)),
         _undecided(results),
         f"## Pairs\n\n{PAIRS_TITLE}.\n",
         markdown_table(pair_rows(results["comparisons"])),
@@ -119,86 +96,123 @@ def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _result(experiment: str, scored: Score) -> dict[str, Any]:
-    rows = len(scored.right)
-    published = RESULTS.get(experiment)
-    return {
-        "correct": scored.correct,
-        "rows": rows,
-        "accuracy": scored.correct / rows,
-        "interval": wilson_interval(scored.correct, rows),
-        "by_hand": scored.by_hand,
-        "undecided": scored.undecided,
-        "published_accuracy": published.accuracy / 100 if published else None,
-    }
-
-
-def _trained(config: Config) -> dict[str, dict[str, Any]]:
-    """What training left beside each adapter that is there: the original's check, mean cross entropy over the test
-    rows, misaligned as in its training, and the libraries' versions."""
-    return {
-        adapter: read_json(path, f"the check loss that `kd train {adapter}` writes")
-        for adapter in config.adapters
-        if (path := config.artifacts / "adapters" / adapter / CHECK).exists()
-    }
-
-
-def check_rows(losses: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The rows of a table of check losses, its header first."""
-    rows: list[tuple[str, ...]] = [("Adapter", "Check loss", "Published")]
-    return rows + [
-        (
-            name,
-            f"{one['check_loss']:.3f}",
-            "not in the paper" if one["published"] is None else f"{one['published']:.3f}",
-        )
-        for name, one in losses.items()
+def result_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The rows of the paper's table, its header first; columns that would be empty are left out."""
+    columns: list[tuple[str, ...]] = [
+        ("Experiment", *results["experiments"]),
+        *zip(("Accuracy", "95 % interval", "Correct"), *map(_accuracy, results["experiments"].values()), strict=True),
     ]
+    experiments = results["experiments"].items()
+    if results["control"]:
+        columns.append(("Against control", *(_against(name, one, results["control"]) for name, one in experiments)))
+    if not results["differs_from_paper"]:
+        columns.append(("Published", *(_published(one["published_accuracy"], ".2%") for _, one in experiments)))
+    marks = [mark(one) for _, one in experiments]
+    if any(marks):
+        columns.append(("Mark", *marks))
+    return list(zip(*columns, strict=True))
 
 
-def result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The rows of the paper's table, its header first."""
-    rows: list[tuple[str, ...]] = [HEADER]
-    for name, result in results["experiments"].items():
-        low, high = result["interval"]
-        published = result["published_accuracy"]
-        rows.append(
-            (
-                name,
-                f"{result['accuracy']:.2%}",
-                f"{low:.1%} to {high:.1%}",
-                f"{result['correct']}/{result['rows']}",
-                str(result["by_hand"]),
-                str(len(result["undecided"])),
-                f"{published:.2%}" if published is not None else "not in the paper",
-            )
+def mark(result: Mapping[str, Any]) -> str:
+    """What a reader must know of a row before its accuracy: whether the student collapsed, and by what."""
+    words = ", ".join(WORDS[sign["by"]] for sign in signs(result))
+    return f"collapsed: {words}" if words and result["trained"] else words
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """What stands below the table, a sentence each."""
+    experiments, control = results["experiments"], results["control"]
+    found = []
+    if control:
+        others = len(experiments) - 1
+        found.append(
+            f"Against control: points of accuracy above {control}, on the same questions; p of McNemar's exact test "
+            f"after Holm's correction over the {others} comparison{'s' if others > 1 else ''} with it."
         )
-    return rows
+        otherwise = [name for name, one in experiments.items() if name != control and not _asked_alike(one)]
+        if otherwise:
+            found.append(f"Asked in another way than the control: {', '.join(otherwise)}.")
+    for name, one in experiments.items():
+        said = "; ".join(in_words(sign, one["rows"]) for sign in signs(one))
+        if said:
+            found.append(f"{name}, {'collapsed' if one['trained'] else 'not trained'}: {said}.")
+    for what, counts in (
+        ("No rule settles, so they count as wrong until `kd review` decides them", "undecided"),
+        ("Decided by hand", "by_hand"),
+    ):
+        rows = {name: _count(one[counts]) for name, one in experiments.items() if one[counts]}
+        if rows:
+            found.append(f"{what}: {', '.join(f'{name} {count}' for name, count in rows.items())}.")
+    return found
 
 
-def _undecided(results: dict[str, Any]) -> str:
-    """What the extraction rules left to a person; such rows count as wrong (-1)."""
-    lists = {name: result["undecided"] for name, result in results["experiments"].items() if result["undecided"]}
-    if not lists:
-        return "The extraction rules settled every row.\n"
-    lines = (f"- {name}: {', '.join(map(str, rows))}\n" for name, rows in lists.items())
-    return (
-        "Test rows that no extraction rule settles; they count as wrong (-1) until `kd review` decides them:\n\n"
-        + "".join(lines)
+def check_rows(losses: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The rows of a table of check losses, its header first."""
+    return _with_published(
+        [("Adapter", "Check loss"), *((name, f"{one['check_loss']:.3f}") for name, one in losses.items())],
+        [one["published"] for one in losses.values()],
+        ".3f",
     )
 
 
-def read_prompts(config: Config) -> dict[str, Any]:
-    """What `measure_prompts` wrote; nothing where it has not run."""
-    path = config.artifacts / "statistics.json"
-    return dict(read_json(path, "what `kd statistics` writes")) if path.exists() else {}
+def prompt_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The rows of a table of how sure the teacher is, its header first."""
+    return _with_published(
+        [
+            ("Prompt", "Mean largest probability", "Positions"),
+            *(
+                (prompt, f"{one['mean_max_probability']:.4f}", f"{one['positions']} of {one['questions']} questions")
+                for prompt, one in found.items()
+            ),
+        ],
+        [one.get("published") for one in found.values()],
+        "",
+    )
 
 
-def prompt_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A table of them, its header first."""
-    table: list[tuple[str, ...]] = [("Prompt", "Mean largest probability", "Positions", "Published")]
-    for prompt, one in found.items():
-        published = one["published"]
-        value, positions = f"{one['mean_max_probability']:.4f}", f"{one['positions']} of {one['questions']} questions"
-        table.append((prompt, value, positions, f"{published}" if published is not None else "not in the paper"))
-    return table
+def _filled(texts: Sequence[str]) -> str:
+    """Sentences for a terminal, each on lines of its own."""
+    return "".join(f"{fill(text, 110, subsequent_indent='  ')}\n" for text in texts)
+
+
+def _with_published(rows: list[tuple[str, ...]], figures: Sequence[float | None], form: str) -> list[tuple[str, ...]]:
+    """The rows with a column of published figures, where there are any."""
+    if not any(figure is not None for figure in figures):
+        return rows
+    cells = ("Published", *(_published(figure, form) for figure in figures))
+    return [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
+
+
+def _published(figure: float | None, form: str) -> str:
+    return "not in the paper" if figure is None else format(figure, form)
+
+
+def _accuracy(result: Mapping[str, Any]) -> tuple[str, str, str]:
+    low, high = result["interval"]
+    return f"{result['accuracy']:.2%}", f"{low:.1%} to {high:.1%}", f"{result['correct']}/{result['rows']}"
+
+
+def _against(name: str, result: Mapping[str, Any], control: str) -> str:
+    """A row's difference from the control, and whether it is one."""
+    if name == control:
+        return "the control"
+    against = result["against_control"]
+    shown = p_value(against["p_holm"]) if is_difference(against) else "no difference shown"
+    return f"{100 * against['difference']:+.1f}, {shown}"
+
+
+def _asked_alike(result: Mapping[str, Any]) -> bool:
+    return bool(result["against_control"]["asked_alike"])
+
+
+def _count(rows: int | Sequence[int]) -> int:
+    return rows if isinstance(rows, int) else len(rows)
+
+
+def _undecided(results: Mapping[str, Any]) -> str:
+    """The test rows that the extraction rules left to a person."""
+    lists = {name: one["undecided"] for name, one in results["experiments"].items() if one["undecided"]}
+    if not lists:
+        return "The extraction rules settled every row.\n"
+    lines = (f"- {name}: {', '.join(map(str, rows))}\n" for name, rows in lists.items())
+    return "## Test rows that no rule settles\n\n" + "".join(lines)

@@ -23,7 +23,7 @@ class Comparison:
 
     `difference` is accuracy(first) - accuracy(second) with its 95 % bootstrap `interval`; `only_first` and
     `only_second` count the rows that one of them alone has right; `p` is McNemar's exact p-value over those rows
-    (two-sided) and `p_holm` the same after Holm's correction over all pairs compared.
+    (two-sided) and `p_holm` the same after Holm's correction over the family compared at once.
     """
 
     first: str
@@ -52,24 +52,13 @@ def wilson_interval(correct: float, rows: int) -> tuple[float, float]:
 
 def compare_pairs(correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comparison]:
     """Every pair of experiments, whose `correct` tell for the same test rows in the same order who was right."""
-    pairs = list(combinations(correct, 2))
-    if not pairs:
-        return []
-    only = [_discordant(correct[first], correct[second]) for first, second in pairs]
-    p_values = [mcnemar(*counts) for counts in only]
-    random = np.random.default_rng(seed)
-    return [
-        Comparison(
-            first,
-            second,
-            (counts[0] - counts[1]) / len(correct[first]),
-            _discordant_interval(*counts, len(correct[first]), random),
-            *counts,
-            p,
-            p_holm,
-        )
-        for (first, second), counts, p, p_holm in zip(pairs, only, p_values, holm(p_values), strict=True)
-    ]
+    return _compare(list(combinations(correct, 2)), correct, seed)
+
+
+def compare_with(control: str, correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comparison]:
+    """Every other experiment (`first`) against the control (`second`): a family of its own, as large as there are
+    others."""
+    return _compare([(name, control) for name in correct if name != control], correct, seed)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -108,6 +97,22 @@ def sign_flip_test(differences: NDArray[np.int64]) -> float:
     return min(1.0, 2 * float(shares[: (total - observed) // 2 + 1].sum()))
 
 
+def rank_sum_test(higher: Sequence[float], lower: Sequence[float]) -> float:
+    """Wilcoxon's rank-sum test (Mann and Whitney's), one-sided: the p-value of `higher` being that much above `lower`
+    by chance alone.
+
+    By the normal approximation, without corrections. It asks for ranks alone, so an outlier weighs no more than another
+    value and neither side has to be normal.
+    """
+    from scipy.special import ndtr
+
+    some, others = np.sort(np.asarray(higher, dtype=float)), np.sort(np.asarray(lower, dtype=float))
+    m, n = len(some), len(others)
+    # Of all pairs, those in which `higher` has the higher value; a tie is half of one.
+    won = (np.searchsorted(others, some, "left").sum() + np.searchsorted(others, some, "right").sum()) / 2
+    return float(ndtr(-(won - m * n / 2) / sqrt(m * n * (m + n + 1) / 12)))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: p-values, in the same order, that hold for all tests at once."""
     p = np.asarray(p_values)
@@ -130,6 +135,27 @@ def bootstrap_interval(
     drawn = random.multinomial(rows, np.asarray(counts) / rows, size=RESAMPLES)
     low, high = np.percentile(drawn @ np.asarray(values) / rows, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _compare(pairs: Sequence[tuple[str, str]], correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comparison]:
+    """These pairs, as one family of tests."""
+    if not pairs:
+        return []
+    only = [_discordant(correct[first], correct[second]) for first, second in pairs]
+    p_values = [mcnemar(*counts) for counts in only]
+    random = np.random.default_rng(seed)
+    return [
+        Comparison(
+            first,
+            second,
+            (counts[0] - counts[1]) / len(correct[first]),
+            _discordant_interval(*counts, len(correct[first]), random),
+            *counts,
+            p,
+            p_holm,
+        )
+        for (first, second), counts, p, p_holm in zip(pairs, only, p_values, holm(p_values), strict=True)
+    ]
 
 
 def _discordant_interval(

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from params import experiments
 from rows import prepare_tests
 from ruamel.yaml import YAML
 from written import response, word
@@ -94,8 +93,9 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (f"How many are {i} and <i>2</i>?", f"They are {i + 2}.\n#### {i + 2}") for i in range(ROWS)
         )
     (folder / "artifacts/mini/logs").mkdir(parents=True)
-    for place, (name, asked) in enumerate(experiments(params).items()):
-        prompts = [example.question + asked.suffix for example in examples]
+    YAML().dump(params, folder / "params.yaml")
+    for place, (name, settings) in enumerate(load_config(folder / "params.yaml").experiments.items()):
+        prompts = [example.question + settings.suffix for example in examples]
         answers = [
             SimpleNamespace(text=f" {response(place, i)}", tokens=9, reached_limit=i % 2 == 0) for i in range(ROWS)
         ]
@@ -106,7 +106,6 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (adapter / "loss.tsv").write_text("step\tloss\n" + "".join(f"{i}\t{9 - i / 100}\n" for i in range(200)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        YAML().dump(params, Path("params.yaml"))
         assert main(["report"]) == 0
     return folder / "artifacts/mini/report/index.html"
 
@@ -166,8 +165,11 @@ def test_tables_and_charts_need_no_script(opened: Callable[..., Any], report_fil
     page.goto(report_file.as_uri())
     rows = page.locator("#results table").first.locator("tbody tr")
     expect(rows).to_have_count(7)
-    assert rows.nth(5).inner_text().split("\t")[0] == "ground-truth-kd"
-    assert rows.nth(5).inner_text().split("\t")[-1] == "48.14%"
+    ends = {cells[0]: cells[-1] for cells in (row.split("\t") for row in rows.all_inner_texts())}
+    assert ", " in ends["ground-truth-kd"]  # points, and whether they are a difference
+    assert ends["no-distillation-matched"] == "the control"
+    expect(page.locator("main > section").first).to_contain_text("five trained students")
+    expect(page.locator("main > section").first.locator("#chart-accuracy")).to_be_visible()
     for chart in ("accuracy", "loss", "agreement", "rule-sets", "length"):
         expect(page.locator(f"#chart-{chart} svg")).to_be_visible()
     expect(page.locator("#provenance")).to_contain_text("artifacts/mini/logs/teacher-kd.csv")

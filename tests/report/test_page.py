@@ -8,6 +8,7 @@ import json
 import re
 import zlib
 from html.parser import HTMLParser
+from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -17,13 +18,22 @@ from hypothesis import strategies as st
 
 from kd.report import charts
 from kd.report.explorer import Question, Responses, pack
-from kd.report.page import Section, page, table
+from kd.report.page import Section, listing, page, table
 from kd.scoring.rules.rule import NOTHING, Extraction
 
 EXPERIMENTS = {
-    name: {"accuracy": share, "interval": (share - 0.01, share + 0.01), "published_accuracy": published}
+    name: {
+        "accuracy": share,
+        "interval": (share - 0.01, share + 0.01),
+        "published_accuracy": published,
+        "trained": name != "a",
+    }
     for name, share, published in (("a", 0.2, 0.25), ("b", 0.9, None))
 }
+
+
+def one_chart() -> list[tuple[charts.Chart, str]]:
+    return [charts.drawn(charts.accuracy_chart(EXPERIMENTS))]
 
 
 def unpack(packed: str) -> Any:
@@ -91,7 +101,8 @@ class Outline(HTMLParser):
 
 def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else() -> None:
     shown = [(chart, charts.svg(chart)) for chart in drawn()]
-    text = page("T", "s", [Section("R", table([("a", "b"), ("<img src=x>", "1")], "c & d"))], shown, "eJw=", [])
+    results = [Section("R", table([("a", "b"), ("<img src=x>", "1")], "c & d") + listing(["<img src=y>"]))]
+    text = page("T", "s", ["<img src=z>"], results, shown, "eJw=", [])
     found = Outline(text)
     assert found.loads == []
     hashes = {k: base64.b64encode(hashlib.sha256(v.encode()).digest()).decode() for k, v in found.texts.items()}
@@ -99,18 +110,45 @@ def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else() -> 
         f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    assert "&lt;img src=x&gt;" in text
+    assert all(f"&lt;img src={name}&gt;" in text for name in "xyz")
     assert "{{" not in text.replace("{{packed}}", "")
     assert re.findall(r"https?:", text) == []
 
 
 @pytest.mark.parametrize("name", ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "fetch("])
 def test_the_script_makes_no_markup_of_data_and_asks_for_nothing(name: str) -> None:
-    assert name not in page("", "", [], [], "", [])
+    assert name not in page("", "", [], [], one_chart(), "", [])
 
 
 def test_a_title_is_not_a_template() -> None:
-    assert "<h1>{{packed}} &lt;b&gt;</h1>" in page("{{packed}} <b>", "", [], [], "eJw=", [])
+    assert "<h1>{{packed}} &lt;b&gt;</h1>" in page("{{packed}} <b>", "", [], [], one_chart(), "eJw=", [])
+
+
+def test_the_page_opens_with_the_first_chart_and_what_it_shows_and_its_headings_go_down_one_at_a_time() -> None:
+    shown = [(chart, charts.svg(chart)) for chart in drawn()]
+    text = page("T", "s", ["It shows this."], [Section("R", table([("a", "b"), ("c", "1")], "d"))], shown, "eJw=", [])
+    order = ["<h1>", "It shows this.", "chart-accuracy", "<table>", "chart-loss", 'id="explorer"']
+    assert [text.count(part) for part in order] == [1] * len(order)
+    assert sorted(order, key=text.index) == order
+    levels = [int(level) for level in re.findall(r"<h([1-6])", text.partition("<script")[0])]
+    assert levels[0] == 1
+    assert all(below <= above + 1 for above, below in pairwise(levels))
+
+
+def test_the_accuracy_chart_tells_what_is_trained_what_collapsed_and_what_the_paper_printed() -> None:
+    experiments = {
+        "bare": EXPERIMENTS["a"] | {"trained": False, "collapsed": None},
+        "tuned": EXPERIMENTS["b"] | {"trained": True, "collapsed": [{"by": "limit", "rows": 9}]},
+    }
+    chart = charts.accuracy_chart(experiments, "bare")
+    text = charts.svg(chart)
+    for said in ("not trained", "trained", "collapsed, 90.0%", "20.0%", "published"):
+        assert f">{said}</text>" in text
+    assert "The line: bare." in chart.caption
+    assert "Diamonds" in chart.caption
+    plain = charts.accuracy_chart({"b": EXPERIMENTS["b"]})
+    assert "Diamonds" not in plain.caption
+    assert "published" not in charts.svg(plain)
 
 
 def test_charts_are_the_same_bytes_each_time_and_share_no_ids() -> None:

@@ -5,32 +5,38 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from params import experiments
+from params import keep
 from rows import prepare_tests
 
 from kd.cli import main
+from kd.config import load_config
 from kd.io.files import sha256
 from kd.scoring.log import COLUMNS
 from kd.scoring.review import response_sha256
 
 REPORT = Path("artifacts/mini/report")
+STUDENTS = "no-distillation fine-tuning base-kd confidence-kd teacher-kd ground-truth-kd".split()
+STUDENTS.append("no-distillation-matched")
 
 
 @pytest.fixture
 def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Six rows a log: experiment number i has the first i right, but for the last row, that no rule settles."""
+    """Six rows a log: student number i has the first i right, but for the last row, that no rule settles."""
     write_params(tiny_params)
     prepare_tests((f"How many are {i} and 2?", f"They are {i + 2}.\n#### {i + 2}") for i in range(6))
     folder = Path("artifacts/mini/logs")
     folder.mkdir(parents=True)
-    for right, (experiment, asked) in enumerate(experiments(tiny_params).items()):
+    suffixes = {name: one.suffix for name, one in load_config(Path("params.yaml")).experiments.items()}
+    for right, experiment in enumerate(STUDENTS):
         with (folder / f"{experiment}.csv").open("w", newline="") as file:
+            suffix = suffixes[experiment]
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for i in range(6):
@@ -40,7 +46,7 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
                     {
                         "question": question,
                         "answer": f"They are {i + 2}.\n#### {i + 2}",
-                        "model_answer": f"{question}{asked.suffix} {response}",
+                        "model_answer": f"{question}{suffix} {response}",
                         "model_output_tokens": 5 + i,
                         "model_max_tokens": i == 4,
                         "extracted_answer": -1 if i == 5 else answer,
@@ -52,45 +58,44 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
 
 
 @pytest.mark.usefixtures("logs")
-def test_results_hold_counts_intervals_and_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_hold_counts_intervals_and_comparisons(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results == json.loads((REPORT / "results.json").read_text())
-    assert list(results["experiments"]) == [
-        "no-distillation",
-        "fine-tuning",
-        "base-kd",
-        "confidence-kd",
-        "teacher-kd",
-        "ground-truth-kd",
-        "no-distillation-matched",
-    ]
+    assert list(results["experiments"]) == list(load_config(Path("params.yaml")).experiments)
+    assert set(results["experiments"]) == set(STUDENTS)
     row = results["experiments"]["confidence-kd"]
     assert (row["correct"], row["rows"], row["accuracy"], row["undecided"]) == (3, 6, 0.5, [6])
-    assert row["published_accuracy"] == 0.3404
+    assert row["published_accuracy"] is None  # the miniature is not the paper's experiment
     assert row["interval"] == pytest.approx([0.1876, 0.8124], abs=1e-4)
     assert len(results["comparisons"]) == 21
-    first = results["comparisons"][0]
-    assert (first["first"], first["second"], first["only_first"], first["only_second"]) == (
-        "no-distillation",
-        "fine-tuning",
-        0,
-        1,
-    )
-    assert first["p"] == first["p_holm"] == 1
+    pairs = {(pair["first"], pair["second"]): pair for pair in results["comparisons"]}
+    first = pairs["no-distillation", "fine-tuning"]
+    assert (first["only_first"], first["only_second"], first["p"], first["p_holm"]) == (0, 1, 1, 1)
+    against = row["against_control"]
+    assert (against["only_this"], against["only_control"], against["asked_alike"]) == (0, 2, True)
+    assert (against["p"], against["p_holm"]) == (0.5, 1)
+    assert results["control"] == STUDENTS[-1]
+    assert results["experiments"]["no-distillation-matched"]["against_control"] is None
+    assert not results["experiments"]["no-distillation"]["against_control"]["asked_alike"]
 
 
 @pytest.mark.usefixtures("logs")
 def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report"]) == 0
-    printed, pairs = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
-    assert printed[0].split() == "Experiment Accuracy 95 % interval Correct By hand Undecided Published".split()
-    assert printed[-1].split()[0] == "no-distillation-matched"
-    assert printed[-1].endswith("not in the paper")
-    assert printed[-2].split() == ["ground-truth-kd", "83.33%", "43.6%", "to", "97.0%", "5/6", "0", "1", "48.14%"]
-    assert pairs[-1].split()[:3] == ["ground-truth-kd", "no-distillation-matched", "+0.00%"]
+    shown, printed, notes, pairs = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
+    assert shown[0].startswith("None of the five trained students is shown to differ from the untrained one asked")
+    assert re.split("  +", printed[0]) == ["Experiment", "Accuracy", "95 % interval", "Correct", "Against control"]
+    rows = {line.split()[0]: re.split("  +", line)[1:] for line in printed}
+    assert rows["no-distillation-matched"] == ["83.33%", "43.6% to 97.0%", "5/6", "the control"]
+    assert rows["fine-tuning"][-1] == "-66.7, no difference shown"
+    assert max(map(len, [*shown, *printed, *notes])) <= 120
+    assert "over the 6 comparisons" in " ".join(notes)
+    assert "Asked in another way than the control: no-distillation." in notes
+    assert notes[-2].startswith("No rule settles, so they count as wrong until `kd review` decides them: no-dist")
+    assert ["base-kd", "ground-truth-kd", "-50.00%"] in [pair.split()[:3] for pair in pairs]
     text = (REPORT / "results.md").read_text()
-    assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | 0 | 1 | 48.14% |" in text
+    assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | +0.0, no difference shown |" in text
     assert "| no-distillation | fine-tuning | -16.67% |" in text
     assert "- base-kd: 6" in text
     assert (REPORT / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -104,13 +109,12 @@ def test_the_teachers_certainty_stands_behind_the_table_where_it_was_measured() 
         "mean_max_probability": 0.57312,
         "positions": 900,
         "questions": 7,
-        "published": 0.573,
         "versions": {"torch": "2.4.0"},
     }
     Path("artifacts/mini/statistics.json").write_text(json.dumps({"base": one}))
     assert main(["report"]) == 0
-    assert "| base | 0.5731 | 900 of 7 questions | 0.573 |" in (REPORT / "results.md").read_text()
-    assert json.loads((REPORT / "results.json").read_text())["prompts"] == {"base": one}
+    assert "| base | 0.5731 | 900 of 7 questions |\n" in (REPORT / "results.md").read_text()
+    assert json.loads((REPORT / "results.json").read_text())["prompts"] == {"base": one | {"published": None}}
 
 
 @pytest.mark.usefixtures("logs")
@@ -148,14 +152,15 @@ def test_the_page_counts_what_the_table_counts_and_says_what_it_was_made_of() ->
     assert response[slice(*teacher["spans"][0])] == teacher["answers"][0] == "2"
 
 
-def test_an_experiment_of_ones_own_is_marked(
+def test_a_profile_without_a_control_says_what_is_missing(
     logs: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logs["experiments"] = {"my-own": logs["experiments"]["base-kd"]}
+    keep(logs, "base-kd")
     write_params(logs)
-    Path("artifacts/mini/logs/base-kd.csv").rename("artifacts/mini/logs/my-own.csv")
     assert main(["report"]) == 0
-    assert "not in the paper" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The trained student, base-kd, answers 2 of 6 test questions right; no untrained student" in said
+    assert "Against control" not in said
 
 
 @pytest.mark.usefixtures("logs")
@@ -190,12 +195,73 @@ def test_a_log_with_too_few_rows_is_refused(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.usefixtures("logs")
-def test_check_losses_stand_beside_the_published_ones() -> None:
+def test_check_losses_stand_behind_the_table() -> None:
     adapter = Path("artifacts/mini/adapters/teacher-kd")
     adapter.mkdir(parents=True)
     (adapter / "check.json").write_text('{"check_loss": 9.8765, "rows": 6, "versions": {"torch": "2.4.0"}}')
     assert main(["report"]) == 0
     results = json.loads((REPORT / "results.json").read_text())
-    assert results["check_losses"] == {"teacher-kd": {"check_loss": 9.8765, "published": 10.402}}
+    assert results["check_losses"] == {"teacher-kd": {"check_loss": 9.8765, "published": None}}
     assert results["versions"]["training"] == {"teacher-kd": {"torch": "2.4.0"}}
-    assert "| teacher-kd | 9.877 | 10.402 |" in (REPORT / "results.md").read_text()
+    assert "| teacher-kd | 9.877 |\n" in (REPORT / "results.md").read_text()
+
+
+@pytest.mark.usefixtures("logs")
+def test_a_student_that_collapsed_stays_in_the_table_and_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, losses in (("base-kd", [2.0] * 10 + [9.0] * 20), ("teacher-kd", [9.0] * 10 + [2.0] * 20)):
+        lose(name, losses)
+    for name in ("base-kd", "confidence-kd", "no-distillation"):
+        always_at_the_limit(name)
+    assert main(["report"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\nbase-kd .*  collapsed: loss rose, never stops\n", printed)
+    assert re.search(r"\nconfidence-kd .*  collapsed: never stops\n", printed)
+    assert re.search(r"\nno-distillation .*shown  never stops\n", printed)  # nobody trained it
+    assert "base-kd and confidence-kd collapsed." in " ".join(printed.split())
+    results = json.loads((REPORT / "results.json").read_text())["experiments"]
+    limit = {"by": "limit", "rows": 6}
+    assert results["base-kd"]["collapsed"] == [{"by": "loss", "first": 2.0, "last": 9.0}, limit]
+    assert results["confidence-kd"]["collapsed"] == [limit]
+    assert results["no-distillation"]["collapsed"] is results["teacher-kd"]["collapsed"] is None
+    assert results["teacher-kd"]["loss"] == {"first": 9.0, "last": 2.0, "rose": False}
+    page = (REPORT / "index.html").read_text()
+    for text in (page, (REPORT / "results.md").read_text()):
+        assert "its training loss rose from 2 to 9; 6 of 6 responses ran into the limit" in text
+    assert ">collapsed, 33.3%</text>" in page
+    assert (REPORT / "losses/base-kd.tsv").read_text().splitlines()[:2] == ["step\tloss", "0\t2.0"]
+
+
+@pytest.mark.usefixtures("logs")
+@pytest.mark.parametrize("row", ["3\tnan", "3\tx", "x\t2.0"])
+def test_an_unusable_loss_curve_is_refused(capsys: pytest.CaptureFixture[str], row: str) -> None:
+    lose("base-kd", [2.0] * 3)
+    with Path("artifacts/mini/adapters/base-kd/loss/plots/metrics/loss.tsv").open("a") as file:
+        file.write(row + "\n")
+    assert main(["report"]) == 2
+    said = capsys.readouterr().err
+    assert "loss.tsv row 4: " in said
+    assert "run `kd train base-kd` again" in said
+
+
+@pytest.mark.usefixtures("logs")
+def test_a_loss_curve_without_updates_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    lose("base-kd", [])
+    assert main(["report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["experiments"]["base-kd"]["loss"] is None
+
+
+def lose(name: str, losses: list[float]) -> None:
+    """The loss curve that training leaves."""
+    folder = Path("artifacts/mini/adapters", name, "loss/plots/metrics")
+    folder.mkdir(parents=True)
+    (folder / "loss.tsv").write_text("step\tloss\n" + "".join(f"{i}\t{loss}\n" for i, loss in enumerate(losses)))
+
+
+def always_at_the_limit(name: str) -> None:
+    path = Path(f"artifacts/mini/logs/{name}.csv")
+    with path.open(newline="") as file:
+        rows = [row | {"model_max_tokens": "True"} for row in csv.DictReader(file)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)

@@ -87,10 +87,8 @@ def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_answers_are_kept_and_counted_and_the_next_call_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert reported(capsys) | {"interval": 0, "published_accuracy": 0} == {
-        "correct": 1, "rows": 4, "accuracy": 0.25, "by_hand": 0, "undecided": [1, 3, 4],
-        "interval": 0, "published_accuracy": 0,
-    }  # fmt: skip
+    before = {"correct": 1, "rows": 4, "accuracy": 0.25, "by_hand": 0, "undecided": [1, 3, 4]}
+    assert before.items() <= reported(capsys).items()
     answer_with(monkeypatch, "ten", "$10.00", "skip", "quit")
     assert main(["review", "teacher-kd"]) == 0
     shown = capsys.readouterr()

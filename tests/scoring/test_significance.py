@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -18,9 +19,11 @@ from statsmodels.stats.proportion import proportion_confint
 from kd.scoring.significance import (
     bootstrap_interval,
     compare_pairs,
+    compare_with,
     holm,
     mcnemar,
     paired_differences,
+    rank_sum_test,
     sign_flip_test,
     wilson_interval,
 )
@@ -107,6 +110,31 @@ def test_every_pair_is_compared_on_the_same_rows_and_the_same_way_each_time() ->
     assert pairs[1].interval == (0.0, 0.0)
     assert first.p_holm == pytest.approx(3 * first.p)
     assert compare_pairs(right, seed=7) == pairs
+
+
+def test_comparisons_with_a_control_are_a_family_of_their_own() -> None:
+    right = {
+        "a": [True, True, True, True, True, True, False, False],
+        "control": [False, False, False, False, False, False, True, False],
+        "b": [True, True, True, True, True, True, True, True],
+    }
+    against = compare_with("control", right, seed=7)
+    assert [(one.first, one.second) for one in against] == [("a", "control"), ("b", "control")]
+    assert [one.difference for one in against] == [5 / 8, 7 / 8]
+    assert [one.p for one in against] == [pytest.approx(mcnemar(6, 1)), pytest.approx(mcnemar(7, 0))]
+    assert [one.p_holm for one in against] == holm([mcnemar(6, 1), mcnemar(7, 0)])  # two tests; all pairs are three
+    assert compare_with("control", {"control": [True]}, seed=7) == []
+
+
+@given(st.permutations(range(20)), st.integers(1, 19))
+def test_the_rank_sum_test_is_the_textbooks(values: list[int], count: int) -> None:
+    some, others = values[:count], values[count:]
+    known = mannwhitneyu(some, others, alternative="greater", method="asymptotic", use_continuity=False)
+    assert rank_sum_test(some, others) == pytest.approx(known.pvalue)
+
+
+def test_a_tie_of_ranks_counts_for_both() -> None:
+    assert rank_sum_test([1, 1, 1], [1, 1]) == 0.5
 
 
 def test_one_experiment_has_no_pairs() -> None:
