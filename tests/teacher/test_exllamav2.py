@@ -99,6 +99,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
         "mem_get_info": lambda _: (10 * GIB, 80 * GIB),
         "memory_allocated": lambda _: GIB,
         "empty_cache": lambda: None,
+        "current_stream": lambda: SimpleNamespace(synchronize=lambda: None),
         "get_device_name": lambda: "a stand-in",
         "get_device_properties": lambda _: SimpleNamespace(name="a stand-in", total_memory=80 * GIB, major=9, minor=0),
     }

@@ -77,9 +77,10 @@ class Stage:
             module.set_device_idx(device)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Token ids [rows, tokens] or states [rows, tokens, hidden] of the CPU to states there.
+        """Token ids [rows, tokens] or states [rows, tokens, hidden] in the CPU's memory to states there.
 
-        The library's kernels are all in the device's default stream, which waits for no other device.
+        States travel by pinned memory, so that no GPU waits for another. All is in the default stream, for the
+        library's kernels are in no other.
         """
         import torch
         from exllamav2.attn import ExLlamaV2Attention
@@ -87,10 +88,13 @@ class Stage:
         rows, tokens = inputs.shape[:2]
         params = ExLlamaV2Attention.Params(rows, tokens, 0)
         with torch.inference_mode(), torch.cuda.device(self.device):
-            states = inputs.to(self.modules[0].device())
+            states = inputs.to(self.modules[0].device(), non_blocking=True)
             for module in self.modules:
                 states = module.forward(states, cache=None, attn_params=params, past_len=0)
-            return states.cpu()
+            states = states.to("cpu", non_blocking=True)
+            if self.device != CPU:
+                torch.cuda.current_stream().synchronize()
+        return states
 
     def load(self, module: Any) -> None:
         """Load one of the modules."""
