@@ -95,7 +95,7 @@ def random_tensor(name: str, dtype: str, sizes: tuple[int, ...], device: str) ->
         return rows.repeat(-(-sizes[0] // DRAWN_ROWS), 1)[: sizes[0]].contiguous()
     match part:
         case "q_invperm":
-            return torch.randperm(sizes[0], generator=draw, dtype=torch.int32, device=device)
+            return torch.rand(sizes, generator=draw, device=device).argsort().int()
         case "q_groups":
             pairs = [(bits, group * GROUP * bits // 32) for group in range(sizes[0] // 2)]
             return torch.tensor(pairs, dtype=torch.int16, device=device).flatten()
