@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from result import write_result
@@ -32,7 +32,7 @@ from kd.config import FolderModel, Teacher
 from kd.data.miniature import problems
 from kd.distill.objective import reverse_kl
 from kd.io.progress import progress
-from kd.models.load import encode, load_tokenizer
+from kd.models.load import encode, load_model, load_tokenizer
 from kd.paper import PROMPTS
 from kd.store.head import HEAD_FOLDER, TeacherHead, read_head_manifest, write_head
 from kd.store.reader import TeacherStore
@@ -101,15 +101,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_llama(folder / "llama", size)
-        teacher, loaded = load(folder / "llama", backend, size)
+        loaded = load(folder / "llama", backend, size)
         questions = make_questions(size.batched, size.llama["vocab_size"])
-        measured: dict[str, Any] = {"host memory during capture": host_memory(teacher, loaded, questions, folder)}
-        measured |= compare_speed(teacher, loaded, questions, size, folder)
-        measured["exactness"] = {"unquantized": exactness(teacher, loaded, questions, folder)}
+        measured: dict[str, Any] = {"host memory during capture": host_memory(loaded, questions, folder)}
+        measured |= compare_speed(loaded, questions, size, folder)
+        measured["exactness"] = {"unquantized": exactness(loaded, questions, folder)}
         measured["rebuilding"] = rebuilding(size)
         if options.exl2:
-            quantized, loaded = load(options.exl2, backend, size)
-            measured["exactness"]["quantized"] = exactness(quantized, loaded, read_problems(options.exl2), folder)
+            loaded = load(options.exl2, backend, size)
+            measured["exactness"]["quantized"] = exactness(loaded, read_problems(options.exl2), folder)
     medians = {name: way["questions_per_s"]["median"] for name, way in measured["ways"].items()}
     figures = {
         "speedup_single": medians["one question a forward"] / medians["notebook's loop"],
@@ -125,18 +125,31 @@ def main() -> None:
 
 def make_llama(folder: Path, size: Size) -> None:
     """A Llama with random float16 weights and a tokenizer that no one asks."""
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    more = {"max_position_embeddings": 2048, "rope_theta": 500000.0, "tie_word_embeddings": False, "bos_token_id": 0}
+    more = {
+        "max_position_embeddings": 2048,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     config = LlamaConfig(**size.llama, **more)
     with torch.device(device()):
         model = LlamaForCausalLM(config).half()
     model.save_pretrained(folder)
-    words = {"<s>": 0} | {str(number): number for number in range(1, size.llama["vocab_size"])}
+    save_tokenizer(folder, size.llama["vocab_size"])
+
+
+def save_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A tokenizer of so many words, which are numbers."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1} | {str(number): number for number in range(2, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 def make_questions(count: int, vocabulary: int) -> list[Reading]:
@@ -157,23 +170,44 @@ def read_problems(folder: Path) -> list[Reading]:
     return [Reading(f"train-{i:05d}", found, (0, len(found))) for i, found in enumerate(ids, start=1)]
 
 
-def load(folder: Path, backend: Any, size: Size) -> tuple[Teacher, Any]:
+class Loaded(NamedTuple):
+    """A teacher as this package loads it, and its library's own model."""
+
+    teacher: Teacher
+    ours: Any
+    own: Any
+
+
+def load(folder: Path, backend: Any, size: Size) -> Loaded:
     teacher = Teacher(
         backend=backend,
         model=FolderModel(source="folder", path=str(folder)),
         dtype="float16" if backend == "exllamav2" else "float32",
         batch_rows=size.batch_rows,
-        cache="q6" if backend == "exllamav2" else None,
     )
-    return teacher, backends.load(teacher, longest=256)
+    own = load_model(folder, "float32", "cpu") if backend == "transformers" else autosplit(folder, size.batch_rows, 256)
+    return Loaded(teacher, backends.load(teacher, longest=256), own)
 
 
-def compare_speed(teacher: Teacher, loaded: Any, questions: list[Reading], size: Size, folder: Path) -> dict[str, Any]:
+def autosplit(folder: Path, rows: int, tokens: int) -> Any:
+    """exllamav2's model, loaded as the notebook does it, for forwards of so many questions of so many tokens."""
+    import exllamav2
+
+    settings = exllamav2.ExLlamaV2Config(str(folder))
+    settings.max_batch_size, settings.max_input_len = rows, tokens
+    # As this package sets it: layers larger than that add in another order each time.
+    settings.max_dq_size = max(settings.max_dq_size, settings.hidden_size * settings.intermediate_size)
+    model = exllamav2.ExLlamaV2(settings)
+    model.load_autosplit(exllamav2.ExLlamaV2Cache_Q6(model, max_seq_len=tokens, lazy=True))
+    return model
+
+
+def compare_speed(loaded: Loaded, questions: list[Reading], size: Size, folder: Path) -> dict[str, Any]:
     """Rounds of the notebook's loop, of one question a forward and of batches, in turns."""
     ways: dict[str, Callable[[], int]] = {
         "notebook's loop": lambda: notebook_loop(loaded, questions[: size.notebook]),
-        "one question a forward": lambda: capture(teacher, loaded, questions[: size.single], 1, folder / "single"),
-        "batches": lambda: capture(teacher, loaded, questions, size.batch_rows, folder / "batched"),
+        "one question a forward": lambda: capture(loaded, questions[: size.single], 1, folder / "single"),
+        "batches": lambda: capture(loaded, questions, size.batch_rows, folder / "batched"),
     }
     counts = {"notebook's loop": size.notebook, "one question a forward": size.single, "batches": size.batched}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
@@ -201,7 +235,7 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def notebook_loop(loaded: Any, questions: list[Reading]) -> int:
+def notebook_loop(loaded: Loaded, questions: list[Reading]) -> int:
     """The original's loop without its last step, the saving; returns the bytes that its file takes."""
     logits = []
     for question in questions:
@@ -213,37 +247,37 @@ def notebook_loop(loaded: Any, questions: list[Reading]) -> int:
     return sum(one.nbytes for one in logits)
 
 
-def plain_logits(loaded: Any, token_ids: list[int]) -> torch.Tensor:
+def plain_logits(loaded: Loaded, token_ids: list[int]) -> torch.Tensor:
     """The model's own forward with all logits, [1, tokens, vocabulary]."""
     ids = torch.tensor([token_ids])
-    if hasattr(loaded, "model"):
-        logits: torch.Tensor = loaded.model.forward(ids)
+    if loaded.teacher.backend == "exllamav2":
+        logits: torch.Tensor = loaded.own.forward(ids)
         return logits
     with torch.inference_mode():
-        return loaded._model(ids).logits
+        return loaded.own(ids).logits
 
 
-def capture(teacher: Teacher, loaded: Any, questions: list[Reading], batch_rows: int, folder: Path) -> int:
+def capture(loaded: Loaded, questions: list[Reading], batch_rows: int, folder: Path) -> int:
     """A whole store on disk; returns its bytes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    writer = StoreWriter(folder, backends.identity(teacher), *ABOUT, key="", batch_rows=batch_rows)
+    writer = StoreWriter(folder, backends.identity(loaded.teacher), *ABOUT, key="", batch_rows=batch_rows)
     shards = list(range(-(-len(questions) // writer.shard_examples)))
     with progress((), "capture", "question", len(questions)) as bar:
-        fill(loaded, questions, writer, shards, batch_rows, bar)
+        fill(loaded.ours, questions, writer, shards, batch_rows, bar)
     head = folder.parent / HEAD_FOLDER
     writer.finish(read_head_manifest(head).sha256 if head.exists() else None)
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def exactness(teacher: Teacher, loaded: Any, questions: list[Reading], folder: Path) -> dict[str, Any]:
+def exactness(loaded: Loaded, questions: list[Reading], folder: Path) -> dict[str, Any]:
     """How far logits rebuilt from a store are from the model's own, and what that does to the loss."""
     questions = questions[:64]
     shutil.rmtree(folder / HEAD_FOLDER, ignore_errors=True)
     (folder / HEAD_FOLDER).mkdir()
-    write_head(folder / HEAD_FOLDER, backends.identity(teacher), loaded.head())
+    write_head(folder / HEAD_FOLDER, backends.identity(loaded.teacher), backends.read_head(loaded.teacher))
     for name in ("exact", "exact again"):
-        capture(teacher, loaded, questions, 1, folder / name)
+        capture(loaded, questions, 1, folder / name)
     opened = TeacherStore(folder / "exact")
     opened.head = opened.head.to(device())
     compared = [compare_question(loaded, opened, question) for question in questions]
@@ -259,11 +293,11 @@ def exactness(teacher: Teacher, loaded: Any, questions: list[Reading], folder: P
         "largest": {key: max(one[key] for one in repeated) for key in repeated[0] if key != "tokens"},
         "largest of what it does not repeat": max(one["own, twice"] for one in compared),
         "mean relative difference of the reverse-KL loss": statistics.mean(one["loss"] for one in repeated),
-        "batched": batched_difference(loaded, questions[: teacher.batch_rows]),
+        "batched": batched_difference(loaded, questions[: loaded.teacher.batch_rows]),
     }
 
 
-def compare_question(loaded: Any, opened: TeacherStore, question: Reading) -> dict[str, float]:
+def compare_question(loaded: Loaded, opened: TeacherStore, question: Reading) -> dict[str, float]:
     """Largest differences of one question's logits: the model's own, rebuilt by its modules, and by the stored head."""
     own, again = (plain_logits(loaded, question.token_ids)[0].to(device()).float() for _ in range(2))
     states, head = opened.states(question.example_id).to(device()), opened.head
@@ -280,8 +314,8 @@ def compare_question(loaded: Any, opened: TeacherStore, question: Reading) -> di
         "own, from a product in float64": float((own - exact).abs().max()),
         "loss": loss_difference(own, rebuilt),
     }
-    if hasattr(loaded, "final_modules"):
-        norm, own_head = loaded.final_modules()
+    if loaded.teacher.backend == "exllamav2":
+        norm, own_head = loaded.own.modules[loaded.own.head_layer_idx - 1 :]
         with torch.inference_mode():
             through_modules = own_head.forward(norm.forward(states[None]))[0, :, : rebuilt.shape[1]]
         found["model's own modules"] = float((through_modules.float() - own).abs().max())
@@ -302,21 +336,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def batched_difference(loaded: Any, questions: list[Reading]) -> dict[str, float]:
+def batched_difference(loaded: Loaded, questions: list[Reading]) -> dict[str, float]:
     """How far states move in a right-padded batch."""
     batch = [question.token_ids for question in questions]
-    together = loaded.states(batch)
-    alone = [loaded.states([token_ids])[0] for token_ids in batch]
+    together, *alone = loaded.ours.states([batch, *([token_ids] for token_ids in batch)])
+    alone = [states for (states,) in alone]
     moved = max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True))
     return {"rows": len(batch), "largest difference of states": moved, "their deviation": float(alone[0].float().std())}
 
 
-def host_memory(teacher: Teacher, loaded: Any, questions: list[Reading], folder: Path) -> dict[str, float]:
+def host_memory(loaded: Loaded, questions: list[Reading], folder: Path) -> dict[str, float]:
     """GiB of host memory that a capture in batches takes above the loaded model's, by number of questions."""
     found = {}
     for count in (min(100, len(questions)), len(questions)):
         with peaks() as peak:
-            capture(teacher, loaded, questions[:count], teacher.batch_rows, folder / "memory")
+            capture(loaded, questions[:count], loaded.teacher.batch_rows, folder / "memory")
         found[str(count)] = peak["host_gib"]
     return found
 

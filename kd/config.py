@@ -121,7 +121,7 @@ class Teacher(Params):
     """The model whose distributions are kept. `dtype` is that of its weights while it runs.
 
     `batch_rows` questions share a forward; 1, as published, gives the model's own bits, more are padded to one length.
-    `cache` is exllamav2's, which `load_autosplit` leaves room for.
+    `cache` is exllamav2's, as published; no forward uses it, and nothing is made for it.
     """
 
     backend: Literal["transformers", "exllamav2"]

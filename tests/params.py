@@ -19,7 +19,7 @@ def experiments(params: dict[str, Any]) -> dict[str, Experiment]:
     return Config.model_validate(params).experiments
 
 
-def written(config: Config) -> dict[str, Any]:
+def as_params(config: Config) -> dict[str, Any]:
     """The params file that says this."""
     params = config.model_dump(mode="json")
     for prompt in config.prompts:

@@ -147,7 +147,7 @@ class Work:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     found = Work()
-    for owner, name in ((TransformersTeacher, "states"), (train, "Record"), (Journal, "add")):
+    for owner, name in ((TransformersTeacher, "forward"), (train, "Record"), (Journal, "add")):
         found.note(monkeypatch, owner, name)
     return found
 

@@ -3,6 +3,7 @@ moves only when a whole answer turns right."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from kd.config import Config
@@ -42,8 +43,8 @@ def measure(config: Config, experiment: str) -> dict[str, Any]:
     }
     longest = max(len(reading.token_ids) for some in readings.values() for reading in some)
     student = load_student(folder, config.student.dtype, adapter, device)
+    head = backends.read_head(config.teacher).to(device)
     teacher = backends.load(config.teacher, longest)
-    head = teacher.head().to(device)
     settings = config.distill.model_copy(update={"temperature": 1.0})
     divergence = {}
     for prompt, wanted in readings.items():
@@ -66,9 +67,11 @@ def _prompts(config: Config, experiment: str) -> list[str]:
 
 def _states(teacher: backends.LoadedTeacher, readings: list[Reading], batch_rows: int, what: str) -> States:
     """The teacher's states for each example's answer, in the CPU's memory."""
+    batches = [readings[start : start + batch_rows] for start in range(0, len(readings), batch_rows)]
+    stream = teacher.states([reading.token_ids for reading in batch] for batch in batches)
     states = {}
-    for start in progress(range(0, len(readings), batch_rows), what, "batch"):
-        batch = readings[start : start + batch_rows]
-        for reading, rows in zip(batch, teacher.states([one.token_ids for one in batch]), strict=True):
-            states[reading.example_id] = rows[slice(*reading.span)].cpu()
+    with closing(stream):
+        for batch, found in zip(progress(batches, what, "batch"), stream, strict=True):
+            for reading, rows in zip(batch, found, strict=True):
+                states[reading.example_id] = rows[slice(*reading.span)].cpu()
     return states.__getitem__

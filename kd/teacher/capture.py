@@ -7,6 +7,7 @@ processes do a part of the shards each, and either way the finished store has th
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 def keep_head(config: Config) -> None:
     """Keep the teacher's final norm and output head, once for all prompts."""
     refuse_two_vocabularies(config.teacher.model, config.student.model)
-    teacher = backends.load(config.teacher, longest=1)
+    head = backends.read_head(config.teacher)
     with whole_folder(config.artifacts / "teacher" / HEAD_FOLDER) as work:
-        write_head(work, backends.identity(config.teacher), teacher.head())
+        write_head(work, backends.identity(config.teacher), head)
 
 
 def capture(config: Config, prompt: str) -> bool:
@@ -132,12 +133,21 @@ def fill(
     batch_rows: int,
     bar: Any,
 ) -> None:
-    """Let the teacher read the questions of the shards in `todo`, and write these."""
-    for number in todo:
-        group = _group(wanted, number, writer.shard_examples)
-        writer.begin_shard(number)
-        for reading, rows in zip(group, _states(teacher, group, batch_rows, bar), strict=True):
-            writer.add(reading.example_id, reading.token_ids, rows, reading.span)
+    """Let the teacher read the questions of the shards in `todo`, and write these one after another.
+
+    The teacher is given the batches of all shards as one stream, so that it need not wait for a shard to be written.
+    """
+    batches = {number: _batches(wanted, number, writer.shard_examples, batch_rows) for number in todo}
+    stream = teacher.states([wanted[i].token_ids for i in batch] for number in todo for batch in batches[number])
+    with closing(stream):
+        for number in todo:
+            states: dict[int, torch.Tensor] = {}
+            for batch in batches[number]:
+                states.update(zip(batch, next(stream), strict=True))
+                bar.update(len(batch))
+            writer.begin_shard(number)
+            for i in sorted(states):
+                writer.add(wanted[i].example_id, wanted[i].token_ids, states[i], wanted[i].span)
     writer.flush()
 
 
@@ -147,26 +157,21 @@ def _capture_missing(config: Config, prompt: str, wanted: list[Reading], writer:
     if not todo:
         return
     teacher = backends.load(config.teacher, max(len(reading.token_ids) for reading in wanted))
-    sizes = {number: len(_group(wanted, number, writer.shard_examples)) for number in shards}
+    sizes = {number: len(_shard(wanted, number, writer.shard_examples)) for number in shards}
     with progress((), f"teacher, {prompt}", "question", sum(sizes.values())) as bar:
         bar.update(sum(sizes[number] for number in shards if number not in todo))
         fill(teacher, wanted, writer, todo, config.teacher.batch_rows, bar)
 
 
-def _group(wanted: list[Reading], number: int, size: int) -> list[Reading]:
-    """The questions of one shard."""
-    return wanted[number * size : (number + 1) * size]
+def _shard(wanted: list[Reading], number: int, size: int) -> range:
+    """Which questions a shard has."""
+    return range(number * size, min((number + 1) * size, len(wanted)))
 
 
-def _states(teacher: backends.LoadedTeacher, group: list[Reading], batch_rows: int, bar: Any) -> list[torch.Tensor]:
-    """The states of one shard's questions, in their order; questions of like length share a forward."""
-    order = sorted(range(len(group)), key=lambda i: (-len(group[i].token_ids), i))
-    states: dict[int, torch.Tensor] = {}
-    for start in range(0, len(order), batch_rows):
-        batch = order[start : start + batch_rows]
-        states.update(zip(batch, teacher.states([group[i].token_ids for i in batch]), strict=True))
-        bar.update(len(batch))
-    return [states[i] for i in range(len(group))]
+def _batches(wanted: list[Reading], number: int, size: int, batch_rows: int) -> list[list[int]]:
+    """Which of a shard's questions share a forward: those of like length."""
+    order = sorted(_shard(wanted, number, size), key=lambda i: (-len(wanted[i].token_ids), i))
+    return [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
 
 
 def _head_sha256(config: Config) -> str:

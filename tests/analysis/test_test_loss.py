@@ -123,9 +123,11 @@ def test_the_teacher_reads_what_it_was_loaded_for(
 ) -> None:
     """exllamav2 reserves its memory as it loads: for `teacher.batch_rows` texts of the longest that is named then."""
     named, read = [], []
-    load, states = backends.load, TransformersTeacher.states
+    load, forward = backends.load, TransformersTeacher.forward
     monkeypatch.setattr(backends, "load", lambda teacher, longest: (named.append(longest), load(teacher, longest))[1])
-    monkeypatch.setattr(TransformersTeacher, "states", lambda self, batch: (read.append(batch), states(self, batch))[1])
+    monkeypatch.setattr(
+        TransformersTeacher, "forward", lambda self, batch: (read.append(batch), forward(self, batch))[1]
+    )
     prepared["teacher"]["batch_rows"] = batch_rows
     write_params(prepared)
     measured("no-distillation")

@@ -45,7 +45,7 @@ def test_held_out_losses_fall_over_epochs_and_do_not_with_shuffled_rows() -> Non
     states, stored = {}, []
     for example in examples:
         reading = teacher_reading(tokenizer, "aligned", PROMPTS["teacher"], example)
-        states[example.id] = teacher.states([reading.token_ids])[0][slice(*reading.span)].half()
+        states[example.id] = teacher.forward([reading.token_ids])[0][slice(*reading.span)].half()
         stored.append(reading)
     matches = match_examples("aligned", examples, tokenizer, SETTINGS.max_tokens, stored).kept
 

@@ -13,7 +13,7 @@ import adapted
 import pytest
 import torch
 from commands import begin, contents, run
-from params import written
+from params import as_params
 from safetensors.torch import load_file
 
 from kd.cli import main
@@ -224,7 +224,7 @@ def test_a_cohorts_students_are_those_trained_alone(gpu_params: dict[str, Any], 
     train_cohort(students, Path("artifacts/cohort"))
     together = [weights(config) for config, _ in students]
     for (config, name), ours in zip(students, together, strict=True):
-        write_params(written(config))
+        write_params(as_params(config))
         assert main(["train", name]) == 0
         alone = weights(config)
         assert (ours - alone).norm() <= 1e-4 * alone.norm()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from hub_server import NAME, REVISION, Hub
+from params import as_params
 from tiny import make_tiny_llama
 
 from kd import config
@@ -192,7 +193,7 @@ def test_what_prepare_writes_does_not_depend_on_the_machine(
 ) -> None:
     written = []
     for needs, found in ({}, None), ({"gpus": 4}, FIT), ({"gpus": 4}, dataclasses.replace(FIT, gpus=(H100,) * 8)):
-        write_params(MINI.model_dump() | {"needs": needs})
+        write_params(as_params(MINI) | {"needs": needs})
         monkeypatch.setattr(doctor, "read_machine", lambda _, found=found: found)
         assert main(["prepare"]) == 0
         written.append({path.name: path.read_bytes() for path in Path("artifacts/mini/data").iterdir()})
@@ -294,7 +295,7 @@ def test_the_models_disk_is_the_one_that_takes_them_and_the_variable_that_is_nam
     monkeypatch.setattr(probe, "free_bytes", lambda path: 1000 * GIB if path.is_relative_to(large) else GIB)
     monkeypatch.setattr(probe, "read_disk", of_a_disk_each(probe.read_disk))
     monkeypatch.setattr(probe, "_refusal", lambda _: None)
-    document = MINI.model_dump() | {"needs": {"models_gib": 300}}
+    document = as_params(MINI) | {"needs": {"models_gib": 300}}
     document["teacher"] |= {"model": teacher}
     document["student"] |= {"model": student}
     params = config.Config.model_validate(document)
@@ -313,7 +314,7 @@ def of_a_disk_each(read: Callable[..., Disk]) -> Callable[..., Disk]:
 
 
 def test_models_in_folders_of_ones_own_take_no_disk(tmp_path: Path) -> None:
-    document = MINI.model_dump() | {"needs": {"models_gib": 10**6}}
+    document = as_params(MINI) | {"needs": {"models_gib": 10**6}}
     for role in ("teacher", "student"):
         document[role] |= {"model": {"source": "folder", "path": str(tmp_path)}}
     params = config.Config.model_validate(document)

@@ -155,10 +155,10 @@ def interrupt(*_: object) -> None:
             1,
             "No space left on device; make room on that disk; 3 of 7 shards are kept in",
         ),
-        (TransformersTeacher, "states", gpu_fault, 1, "CUDA error: unspecified launch failure For debugging consider"),
+        (TransformersTeacher, "forward", gpu_fault, 1, "CUDA error: unspecified launch failure For debugging consider"),
         (
             TransformersTeacher,
-            "states",
+            "forward",
             interrupt,
             130,
             "interrupted; 3 of 7 shards are kept in artifacts/mini/teacher/.partial/base/",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from kd import config
@@ -17,14 +18,15 @@ LIBRARIES = {"transformers": ("torch", "transformers"), "exllamav2": ("torch", "
 
 
 class LoadedTeacher(Protocol):
-    """A teacher in memory."""
+    """A teacher's layers in memory."""
 
-    def states(self, batch: list[list[int]]) -> list[torch.Tensor]:
-        """One forward over a batch of token ids, without the head: per row the final hidden states before the norm,
-        [tokens, hidden]. A row's bits may depend on what it shares a batch with; alone they are the model's own."""
+    def states(self, batches: Iterable[list[list[int]]]) -> Generator[list[torch.Tensor], None, None]:
+        """Forwards over batches of token ids, in order, without the head: per batch, for each row, the final hidden
+        states before the norm, [tokens, hidden].
 
-    def head(self) -> TeacherHead:
-        """The final norm and the output head, dequantized."""
+        A row's bits may depend on what it shares a batch with; alone they are the model's own. Several batches may be
+        at work at once, so `batches` is read ahead; close what is not read to its end.
+        """
 
 
 def load(teacher: config.Teacher, longest: int) -> LoadedTeacher:
@@ -36,6 +38,17 @@ def load(teacher: config.Teacher, longest: int) -> LoadedTeacher:
     from kd.teacher.backends.transformers import TransformersTeacher
 
     return TransformersTeacher(teacher)
+
+
+def read_head(teacher: config.Teacher) -> TeacherHead:
+    """The final norm and the output head, dequantized; a UserError where the backend cannot run here."""
+    if teacher.backend == "exllamav2":
+        from kd.teacher.backends.exllamav2 import read_head
+
+        return read_head(teacher)
+    from kd.teacher.backends.transformers import TransformersTeacher
+
+    return TransformersTeacher(teacher).head()
 
 
 def identity(teacher: config.Teacher) -> ModelIdentity:

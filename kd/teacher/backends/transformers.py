@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kd import config
@@ -20,8 +21,13 @@ class TransformersTeacher:
         self._model = load_model(model_folder(teacher.model), teacher.dtype, self._device)
         self._norm, self._head = self._model.model.norm, self._model.lm_head
 
-    def states(self, batch: list[list[int]]) -> list[torch.Tensor]:
-        """One forward over a batch without the head: per row the final hidden states before the norm."""
+    def states(self, batches: Iterable[list[list[int]]]) -> Generator[list[torch.Tensor], None, None]:
+        """Per batch a forward without the head: for each row the final hidden states before the norm."""
+        for batch in batches:
+            yield self.forward(batch)
+
+    def forward(self, batch: list[list[int]]) -> list[torch.Tensor]:
+        """The states of one batch."""
         import torch
 
         seen: list[torch.Tensor] = []
