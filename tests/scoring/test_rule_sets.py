@@ -164,12 +164,14 @@ def test_lone_surrogates_survive_json(tmp_path: Path, capsys: pytest.CaptureFixt
         assert json.loads(capsys.readouterr().out)[0]["row"] == 1
 
 
-def test_documented_rules_read_the_published_logs_at_20000_rows_a_second(published_logs: Path) -> None:
+@pytest.mark.parametrize(("rules", "rows_per_second"), [("documented", 30_000), ("robust", 5_000)])
+def test_the_published_logs_are_read_quickly(published_logs: Path, rules: str, rows_per_second: int) -> None:
+    """On an idle machine `robust` reads twice that (benchmarks/extract.py); the test is to pass on a busy one."""
     with (published_logs / "base-KD.csv").open(encoding="utf-8", newline="") as file:
         responses = [row["model_answer"] for row in csv.DictReader(file)]
     times = []
     for _ in range(5):
         start = time.process_time()
-        assert len(list(extract(responses))) == 1319
+        assert len(list(extract(responses, rules))) == 1319
         times.append(time.process_time() - start)
-    assert len(responses) / min(times) > 20_000
+    assert len(responses) / min(times) > rows_per_second

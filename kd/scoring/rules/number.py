@@ -51,15 +51,17 @@ def last_number(response: str) -> Found | None:
     return found
 
 
-def from_near_the_end(response: str) -> tuple[int, int]:
+def from_near_the_end(response: str, end: int | None = None) -> tuple[int, int]:
     """Where to start looking for the last number: behind a sentence or line some way before the end (most responses
     have a number there, and none goes over such a place), then at the start."""
-    stop = max(0, len(response) - 200)
+    stop = max(0, (len(response) if end is None else end) - 200)
     return max(response.rfind("\n", 0, stop), response.rfind(". ", 0, stop)) + 1, 0
 
 
 def canonical(sign: str, digits: str) -> str:
     """One spelling per number: no separators, no leading or trailing zeros, no sign of zero."""
+    if digits.isdecimal() and digits[0] != "0":  # most numbers
+        return f"-{digits}" if sign else digits
     whole, _, fraction = _SEPARATORS.sub("", digits).partition(".")
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
     number = f"{whole}.{fraction}" if fraction else whole
