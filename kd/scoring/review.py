@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd.data.number import from_cell, given, whole_number
 from kd.errors import UserError
 from kd.io.files import write_whole_file
 from kd.io.table import read_table, table_text
 from kd.io.text import refuse_folder
-from kd.scoring.rules.number import GIVEN, canonical, from_cell, numbers, whole_number
+from kd.scoring.rules.number import numbers
 
 FOLDER = Path("reviews")
 NO_ANSWER = "-1"  # as in the original's logs
@@ -140,24 +141,21 @@ def _printable(text: str) -> str:
 def _ask() -> str | None:
     """The answer given for one row; None to skip it. EOFError to quit."""
     while True:
-        given = input(f"Answer ({_HELP}): ").strip()
-        match given.lower():
+        typed = input(f"Answer ({_HELP}): ").strip()
+        match typed.lower():
             case "skip" | "s":
                 return None
             case "quit" | "q":
                 raise EOFError
-        answer = _parse(given)
+        answer = _parse(typed)
         if answer is not None:
             return answer
-        print(f"{given!r} is not {_HELP}")
+        print(f"{typed!r} is not {_HELP}")
 
 
-def _parse(given: str) -> str | None:
+def _parse(typed: str) -> str | None:
     """An answer in canonical spelling; None where it is neither a number nor `none`."""
-    if given.strip().lower() == "none":
-        return NO_ANSWER
-    match = GIVEN.fullmatch(given.strip())
-    return canonical(match[1], match[2]) if match else None
+    return NO_ANSWER if typed.lower() == "none" else given(typed)
 
 
 def _of_cell(cell: str, response: str = "") -> str | None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kd.data.number import canonical
 from kd.scoring.extract import RULE_SETS, extract
 from kd.scoring.rules.documented import RULES
-from kd.scoring.rules.number import canonical
 from kd.scoring.rules.rule import UNDECIDED, Extraction
 
 
@@ -48,6 +48,14 @@ CASES = [
     ("3 + 4\nit costs $.50", "0.5", "last-number"),
     ("1, 2 and 1,2345", "2345", "last-number"),
     ("1 2\n3.", "3", "last-number"),
+    # A number's sign and currency are part of it; a point behind a letter is none of its own.
+    (r"\boxed{-\$20}", "-20", "boxed"),
+    (r"\boxed{-$20}", "-20", "boxed"),
+    ("\u20135 points", "-5", "first-line"),
+    ("1 2\nThe answer is -\u00a35.", "-5", "answer-is"),
+    ("1 2\nThe answer is Rs.18", "18", "answer-is"),
+    ("1 2\nthat is approx.60 km", "60", "last-number"),
+    ("10\u201312\nor 10\u201312", "12", "last-number"),
     # What none settles.
     ("", None, UNDECIDED),
     ("no idea", None, UNDECIDED),

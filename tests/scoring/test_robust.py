@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.audit.logs import read_log
+from kd.data.number import canonical
 from kd.scoring.extract import extract
-from kd.scoring.rules.number import canonical
 from kd.scoring.rules.part import own_part
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "cases" / "extraction.jsonl"

@@ -11,11 +11,9 @@ import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-from kd.scoring.rules.number import canonical
+from kd.data.number import CURRENCY, MINUS, canonical
 from kd.scoring.rules.rule import Found
 
-MINUS = "-\u2212\u2013\u2014\u2011\ufe63\uff0d"  # hyphens, the minus sign, dashes
-CURRENCY = "$\u20ac\u00a3\u00a5\u20b9\u20a6\u20b1\u20a9"
 VULGAR = {
     "\u00bd": "1/2", "\u2153": "1/3", "\u2154": "2/3", "\u00bc": "1/4", "\u00be": "3/4", "\u2155": "1/5",
     "\u2156": "2/5", "\u2157": "3/5", "\u2158": "4/5", "\u2159": "1/6", "\u215a": "5/6", "\u215b": "1/8",
