@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError, WorkFailedError
 from kd.io.stopping import Terminated, sigterm_stops, system_error
+from kd.io.text import printable
 from kd.scoring.extract import RULE_SETS
 
 if TYPE_CHECKING:
@@ -65,16 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with sigterm_stops():
             return options.run(options) or 0
     except UserError as error:
-        print(f"kd: {error}", file=sys.stderr)
+        print(f"kd: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `kd audit | head`: nobody reads on, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except WorkFailedError as error:
-        print(f"kd: {error}", file=sys.stderr)
+        print(f"kd: {printable(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"kd: {system_error(error)}; then run the same command again", file=sys.stderr)
+        print(f"kd: {printable(system_error(error))}; then run the same command again", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         kept = str(stop) or "earlier results are as they were, run the same command again"
@@ -581,8 +582,8 @@ def _json(document: Any) -> str:
 
 
 def _print(document: str) -> None:
-    """To stdout, with one line end behind it."""
-    print(document.rstrip("\n"), flush=True)
+    """To stdout, with one line end behind it, and nothing in it that a terminal would obey."""
+    print(printable(document.rstrip("\n")), flush=True)
 
 
 if __name__ == "__main__":
