@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.cli import main
+from kd.cli import LONG, main
 from kd.scoring.extract import RULE_SETS, extract
 from kd.scoring.rules.notebook import spelled
 
@@ -130,6 +131,53 @@ def test_extract_reads_csv_and_json_lines(log: Path, capsys: pytest.CaptureFixtu
     ]
     assert main(command) == 0
     assert capsys.readouterr().out == "row\tanswer\trule\n1\t5\tboxed\n2\t\tundecided\n3\t9\tfirst-line\n"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_standard_input_is_scored_against_a_column(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    truths = ["$5.00", "It is.\n#### +.5", "\u22127"]
+    texts = ["It is 5", "no idea", "The answer is 7"]
+    table = "text,truth\n" + "".join(f'"{text}","{truth}"\n' for text, truth in zip(texts, truths, strict=True))
+    lines = "".join(
+        json.dumps({"text": text, "truth": truth}) + "\n" for text, truth in zip(texts, truths, strict=True)
+    )
+    given = (table if kind == "csv" else lines).encode()
+    command = ["extract", "-", "--column", "text", "--truth", "truth"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == [
+        {"row": 1, "answer": "5", "rule": "first-line", "truth": "5", "correct": True},
+        {"row": 2, "answer": None, "rule": "undecided", "truth": "0.5", "correct": False},
+        {"row": 3, "answer": "7", "rule": "first-line", "truth": "-7", "correct": False},
+    ]
+    assert "1 of 3 right, 33.33% (95 % interval " in printed.err
+    assert "1 without an answer" in printed.err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[2] == "2\t\tundecided\t0.5\tFalse"
+
+
+def test_a_truth_in_json_may_be_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.jsonl").write_text('{"text": "5", "n": 5}\n{"text": "2.5", "n": 2.50}\n{"text": "", "n": 1e22}\n')
+    assert main(["extract", str(tmp_path / "log.jsonl"), "--column", "text", "--truth", "n"]) == 0
+    assert "2 of 3 right" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("truth", ["five", "", "#### 5 apples", "1,23"])
+def test_a_truth_that_is_no_number_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], truth: str) -> None:
+    (tmp_path / "log.csv").write_text(f'text,truth\n5,5\n5,"{truth}"\n')
+    assert main(["extract", str(tmp_path / "log.csv"), "--column", "text", "--truth", "truth"]) == 2
+    assert f"log.csv row 2: truth is {truth!r}, expected a number, or an answer that ends in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "shown"), [(LONG, True), (LONG - 1, False)])
+def test_a_long_file_shows_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, shown: bool) -> None:
+    (tmp_path / "log.csv").write_text("text\n" + "It is 5\n" * rows)
+    assert main(["extract", str(tmp_path / "log.csv"), "--column", "text"]) == 0
+    assert ("extract, documented" in capsys.readouterr().err) == shown
 
 
 @pytest.mark.parametrize(
