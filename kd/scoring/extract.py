@@ -28,6 +28,7 @@ RULE_SETS: dict[str, RuleSet] = {
     "robust": robust,
     "lm-eval-strict": harness.strict,
     "lm-eval-flexible": harness.flexible,
+    "lm-eval-llama": harness.llama,
     "math-verify": math_verify,
 }
 
