@@ -180,17 +180,21 @@ def last_number(response: str) -> Found | None:
     if spelled and not response[spelled.stop : end].strip(" .!*_\n"):
         return spelled
     for digit in _DIGIT.finditer(response[:end][::-1]):
-        if end - digit.end() < start:
-            stop, start = start, sentence_start(response, end - digit.end())
-            values = list(counted(response, start, stop))
+        at = end - digit.end()
+        if at < start:
+            stop, start = start, sentence_start(response, at)
+            full_stop = finished(response, at + 1, end)
+            near = start if full_stop else max(start, response.rfind(" ", start, max(start, at - NUMBER_LENGTH)))
+            values = list(counted(response, near, stop)) or list(counted(response, start, stop))
             if values:
-                return _of_its_sentence(response, start, values, end)
+                return _of_its_sentence(response, start, values, full_stop, end)
     return spelled
 
 
-def _of_its_sentence(response: str, start: int, values: list[Found], end: int) -> Found:
+def _of_its_sentence(
+    response: str, start: int, values: list[Found], full_stop: re.Match[str] | None, end: int
+) -> Found:
     """What the sentence from `start` concludes that has the last `values`, if it is finished; else its last number."""
-    full_stop = finished(response, values[-1].stop, end)
     if not full_stop:
         return values[-1]
     result = result_before(response, max(0, start - RESULT_LENGTH), full_stop.start())
