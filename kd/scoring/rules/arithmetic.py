@@ -14,13 +14,13 @@ from kd.scoring.rules.rule import Found
 MOST_TERMS = 20  # of a calculation
 RESULT_LENGTH = 40  # how far behind an equals sign its equation is read
 
-_NO_UNIT = r"(?!(?:x|X|times|plus|minus|divided|multiplied|equals|is|or|so|and)\b)"
+_NO_UNIT = r"(?!(?:x|X|times|plus|minus|less|divided|multiplied|equals|is|or|so|and)\b)"
 _UNIT = rf"(?:\s?\\?%|\s?(?:\\text|\\mathrm)\s?\{{[^{{}}]*+\}}|\s{_NO_UNIT}[^\W\d]++(?:/[^\W\d]++)?){{0,2}}+"
 _PADDING = r"[\s*$)(\]\[{}\\,;<>|]*+"
 # Between two quantities: arithmetic, or an equals sign.
 _OPERATOR = re.compile(
     rf"{_UNIT}[\s)$\]\\]*+(?:[-+*/\u00d7\u00f7\u00b7\u2212\u2013]|[xX]\b|times\b|cdot\b|div\b|plus\b|minus\b"
-    r"|multiplied by\b|divided by\b)[\s($\[\\{*]*+"
+    r"|less\b(?! than)|multiplied by\b|divided by\b)[\s($\[\\{*]*+"
 )
 _WORKED_ON = re.compile(r"[ )$\\]*+(?:[+/\u00d7\u00f7^]|\*(?!\*)|x\b|times\b|cdot\b|div\b|- )")
 _EQUALS = re.compile(

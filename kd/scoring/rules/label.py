@@ -11,7 +11,7 @@ from kd.scoring.rules.sentence import SENTENCE_LENGTH, sentence_end
 
 PREFIX_LENGTH = 40  # of a line before a label that is a heading of its own
 
-_NAMES = "answer ans. ans: ans* final result solution option choice".split()  # in lower case
+_NAMES = ("answer", "ans.", "ans:", "ans*", "ans=", "ans =", "final", "result", "solution", "option", "choice")
 _CLOSED = r"[\"'*_`)\]\u201d]*+"
 _IS = (
     r"(?:is|are|was|equals?|becomes|turns out to be|comes (?:out )?to|amounts to|(?:should|would|must|will|can) be)\b"

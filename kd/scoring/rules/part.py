@@ -35,7 +35,7 @@ _QUESTION = (
     r"(?:here(?:'s| is) )?(?:next |new |another |follow-up |similar |example )?(?:question|problem|exercise)"
     r"(?: ?#?[0-9]++)?[*_]*+(?:[:.]|[ \t]*+\n)"
 )
-_ROLE = r"<?(?:human|user|student|system|instructions?|input|example [0-9]{1,2})>?[*_]*+:"
+_ROLE = r"<?(?:human|user|student|system|instructions?|input|example [0-9]{1,2})>?[*_]*+(?::|(?<=[a-z])[ \t]*+\n)"
 _NEXT_QUESTION = re.compile(
     rf"\n[ \t#*_>]*+(?:{_QUESTION}|q(?:[0-9]{{1,3}})?[*_]*+(?::|\.[*_]*+\s++[a-z]{{2}})|{_ROLE}"
     r"|<(?:question|problem|human|user)>)",

@@ -140,6 +140,8 @@ def answer_marker(response: str) -> Found | None:
     )
     readings = []
     for label in named:
+        if label.colon and end <= label.start < end + NUMBER_LENGTH:
+            continue  # "To check our answer:"
         value = _said(response, label.end, label.stop, label.start)
         # An outcome, or "Answer:" and then no number, may stand before working instead.
         bare = value and not label.outcome and not (label.colon and _WORD.search(response, label.end, value.stop))

@@ -20,7 +20,7 @@ ASIDE_LENGTH = 80  # longer brackets are none
 # A point behind an abbreviation or an option's letter ("C. 15") ends none. Begins with a plain class, which is quick.
 _END = re.compile(
     r"[\n.!?<](?:(?<=\n)|(?<=<)/|(?<=[.!?])(?<!\bRs\.)(?<!\bNo\.)(?<!\bapprox\.)[.!?]*+"
-    r"(?!(?:(?<=\W[A-E]\.)|(?<=\W[A-E]\*\*\.))[*)]*+\s*+[$\\(]*+[0-9])(?=[\s*)\"'<$]|\Z))",
+    r"(?!(?:(?<=\W[A-E]\.)|(?<=\W[A-E][*)]\.)|(?<=\W[A-E]\*\*\.))[*)]*+\s*+[$\\(]*+[0-9])(?=[\s*)\"'<$]|\Z))",
     re.IGNORECASE,
 )
 _STARTS = (". ", "\n", "! ", "? ")  # behind these
@@ -44,7 +44,8 @@ _RESTATED = re.compile(
     re.IGNORECASE,
 )
 _OFFSET = re.compile(
-    r"-[a-z]|\s?(?:[^\W\d]++ ){1,2}(?:before|after|ago|later|earlier|from now|from then)\b|% (?:off|discount)"
+    r"-[a-z]|\s?(?:[^\W\d]++ ){1,2}(?:before|after|ago|later|earlier|from now|from then)\b"
+    r"|\s?\\?% (?!of\b|are\b|is\b|were\b|was\b|more\b|less\b|have\b|has\b)[a-z]"
 )
 _DIRECT = re.compile(
     r"\b(?:is|are|was|were|be|equals?|giving|gives?|makes?|get|leaving|total of|approximately|about)(?: us)?"

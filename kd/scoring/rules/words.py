@@ -25,10 +25,11 @@ _PART = re.compile(rf"\b(?:{_WORD})\b", re.IGNORECASE)
 
 
 def spelled_out(response: str, start: int, stop: int) -> Iterator[Found]:
-    """Every number in response[start:stop] that is written in words, from left to right; a lone "one" is none."""
+    """Every number in response[start:stop] that is written in words, from left to right; a lone "one" is none, unless
+    nothing else stands there."""
     for match in _SPELLED.finditer(response, start, stop):
         words = [word.lower() for word in _PART.findall(match[0])]
-        if words != ["one"]:
+        if words != ["one"] or response[start:stop].strip(" *_.:$\"'").lower() == "one":
             yield Found(f"{'-' if match['sign'] else ''}{_value(words)}", *match.span())
 
 
