@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ CASES = [
     ("He has 5 + 6 = <<5+6=11>>11.\n#### 11", "11", "hash-marks"),
     ("#### $1,234.00\nQ: next 5", "1234", "hash-marks"),
     ("#### Step 2: add\n#### The total is 9", "9", "hash-marks"),
+    ("##### 5 apples", "5", "last-number"),
     # "The answer is".
     ("1 + 2 = 3. The answer is 3. Let me check: 3 - 2 = 1.", "3", "answer-marker"),
     ("The final answer is: $\\$1,800$.", "1800", "answer-marker"),
@@ -143,7 +145,14 @@ def answer(response: str) -> str | None:
     return found.answer
 
 
-@given(st.text(max_size=200) | st.text(alphabet="0123456789,.-$%{}\\boxedfrac \nStepA:/#=<>^½()*", max_size=300))
+WORDS = sorted({word for group in OURS.values() for response, _ in group for word in re.split(r"( |\n)", response)})
+
+
+@given(
+    st.text(max_size=200)
+    | st.lists(st.sampled_from(WORDS), max_size=30).map("".join)
+    | st.text(alphabet="0123456789,.-$%{}\\boxedfrac \nStepA:/#=<>^½()*", max_size=300)
+)
 def test_any_text_gives_a_number_within_it_or_nothing(response: str) -> None:
     (found,) = extract([response], "robust")
     if found.answer is None or found.span is None:

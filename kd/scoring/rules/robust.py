@@ -104,9 +104,9 @@ def boxed(response: str) -> Found | None:
 def hash_marks(response: str) -> Found | None:
     """What stands behind "####", GSM8K's own mark: a quantity with no more than a unit, arithmetic or a total. Where
     "####" marks headings, the last one that nothing follows."""
-    if "####" not in response:
+    lines = list(_HASHES.finditer(response)) if "####" in response else []
+    if not lines:
         return None
-    lines = list(_HASHES.finditer(response))
     for line in lines:
         found = _marked(response, line, line is lines[-1])
         if found:
