@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError, WorkFailedError
 from kd.io.stopping import Terminated, sigterm_stops, system_error
-from kd.scoring.extract import RULE_SETS
+from kd.io.text import printable
+from kd.scoring.extract import RULE_SETS, STANDARD_INPUT
 
 if TYPE_CHECKING:
     from kd.config import Config
+    from kd.scoring.rules.rule import Extraction
 
 PIPELINE = "dvc.yaml"
 # A study's processes: TensorFloat-32 products (bfloat16's speed at float32's range), which torch reads as it is
@@ -27,6 +29,7 @@ PIPELINE = "dvc.yaml"
 STUDY_ENVIRONMENT = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 ESCAPED = "backslashreplace"
+LONG = 5000  # rows, from which on `kd extract` shows progress
 
 EPILOG = """\
 The stages in order, as `dvc repro` runs them:
@@ -65,16 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with sigterm_stops():
             return options.run(options) or 0
     except UserError as error:
-        print(f"kd: {error}", file=sys.stderr)
+        print(f"kd: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `kd audit | head`: nobody reads on, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except WorkFailedError as error:
-        print(f"kd: {error}", file=sys.stderr)
+        print(f"kd: {printable(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"kd: {system_error(error)}; then run the same command again", file=sys.stderr)
+        print(f"kd: {printable(system_error(error))}; then run the same command again", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         kept = str(stop) or "earlier results are as they were, run the same command again"
@@ -216,20 +219,26 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_extract(commands: Any) -> None:
-    text = "take the answer from each response in a CSV or JSON lines file"
+    text = "take the answer from each response in a CSV or JSON lines file, and score it"
     sub = commands.add_parser(
         "extract",
         help=text,
-        description=f"{text}. Prints row, answer and rule as tab-separated values; no answer means that no rule of "
-        "the set finds one. docs/extraction.md describes the rule sets.",
+        description=f"{text}. Prints row, answer and rule as tab-separated values, with --truth also the true answer "
+        "and whether the two are equal; no answer means that no rule of the set finds one. docs/extraction.md "
+        "describes the rule sets.",
     )
-    sub.add_argument("file", metavar="FILE", type=Path, help="a .csv, .jsonl or .ndjson file")
+    sub.add_argument("file", metavar="FILE", type=_file_or_input, help="a .csv, .jsonl or .ndjson file; - is stdin")
     sub.add_argument("--column", metavar="NAME", required=True, help="the column or key that holds the responses")
     sub.add_argument("--rules", choices=RULE_SETS, default="documented", help="the rule set (documented)")
     sub.add_argument(
         "--prompt-column",
         metavar="NAME",
         help="take this column's text off the front of each response, and white space off both ends",
+    )
+    sub.add_argument(
+        "--truth",
+        metavar="COLUMN",
+        help="score against this column: numbers, or GSM8K's answers that end in `####` and a number",
     )
     sub.add_argument("--json", action="store_true", help="print one JSON list of {row, answer, rule}")
     sub.set_defaults(run=_extract)
@@ -465,17 +474,39 @@ def _review(config: Config, options: argparse.Namespace) -> None:
 
 
 def _extract(options: argparse.Namespace) -> None:
+    from kd.data.number import equal
+    from kd.io.progress import progress
     from kd.scoring.extract import extract, read_responses
 
-    responses = read_responses(options.file, options.column, options.prompt_column)
-    rows = [
-        {"row": row, "answer": found.answer, "rule": found.rule}
-        for row, found in enumerate(extract(responses, options.rules), start=1)
+    read = read_responses(options.file, options.column, options.prompt_column, options.truth)
+    found: Iterable[Extraction] = extract(read.texts, options.rules)
+    if len(read.texts) >= LONG:
+        found = progress(found, f"extract, {options.rules}", "row", len(read.texts))
+    rows: list[dict[str, Any]] = [
+        {"row": row, "answer": one.answer, "rule": one.rule} for row, one in enumerate(found, start=1)
     ]
+    for row, truth in zip(rows, read.truths or [], strict=False):
+        row |= {"truth": truth, "correct": equal(row["answer"], truth)}
     if options.json:
         _print(_json(rows))
     else:
-        _print("row\tanswer\trule\n" + "".join(f"{r['row']}\t{r['answer'] or ''}\t{r['rule']}\n" for r in rows))
+        columns = ["row", "answer", "rule"] + ["truth", "correct"] * (read.truths is not None)
+        lines = (["" if row[column] is None else str(row[column]) for column in columns] for row in rows)
+        _print("\n".join("\t".join(cells) for cells in (columns, *lines)))
+    if read.truths:
+        print(_tally(rows), file=sys.stderr)
+
+
+def _tally(rows: Sequence[dict[str, Any]]) -> str:
+    """How many rows are right, for a person."""
+    from kd.scoring.significance import wilson_interval
+
+    right, undecided = sum(row["correct"] for row in rows), sum(row["answer"] is None for row in rows)
+    low, high = wilson_interval(right, len(rows))
+    return (
+        f"{right} of {len(rows)} right, {right / len(rows):.2%} (95 % interval {low:.2%} to {high:.2%}); "
+        f"{undecided} without an answer"
+    )
 
 
 def _audit(options: argparse.Namespace) -> None:
@@ -545,6 +576,11 @@ def _study_results(options: argparse.Namespace) -> None:
         results(plan)
 
 
+def _file_or_input(text: str) -> Path:
+    """A file given on the command line, or standard input."""
+    return STANDARD_INPUT if text == "-" else Path(text)
+
+
 def _minutes(text: str) -> float:
     """A positive number given on the command line."""
     try:
@@ -582,8 +618,8 @@ def _json(document: Any) -> str:
 
 
 def _print(document: str) -> None:
-    """To stdout, with one line end behind it."""
-    print(document.rstrip("\n"), flush=True)
+    """To stdout, with one line end behind it, and nothing in it that a terminal would obey."""
+    print(printable(document.rstrip("\n")), flush=True)
 
 
 if __name__ == "__main__":

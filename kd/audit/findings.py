@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kd.audit.logs import Log, rows_right
+from kd.data.number import equal
 from kd.paper import RESULTS
 from kd.protocol.order import published_teacher_order
+from kd.scoring.review import NO_ANSWER
 from kd.scoring.rules.documented import RULES, answer_is
 from kd.scoring.rules.rule import Extraction
 from kd.scoring.significance import wilson_interval
@@ -41,7 +43,7 @@ def score(name: str, log: Log, extractions: dict[str, list[Extraction]]) -> dict
         "rules": by_rule(automatic, log.truth),
         "rule_sets": rule_sets,
         "agreement_with_hand": {
-            rules: sum((found[i].answer or "-1") == log.decided[i] for i in left)
+            rules: sum(equal(found[i].answer or NO_ANSWER, log.decided[i]) for i in left)
             for rules, found in extractions.items()
             if log.decided is not None
         },
@@ -54,12 +56,12 @@ def by_rule(extractions: Iterable[Extraction], truth: list[str]) -> dict[str, di
     for found, true in zip(extractions, truth, strict=True):
         if found.answer is not None:
             rules[found.rule]["rows"] += 1
-            rules[found.rule]["correct"] += found.answer == true
+            rules[found.rule]["correct"] += equal(found.answer, true)
     return rules
 
 
 def _rule_set(extractions: list[Extraction], truth: list[str]) -> dict[str, Any]:
-    correct = sum(found.answer == true for found, true in zip(extractions, truth, strict=True))
+    correct = sum(equal(found.answer, true) for found, true in zip(extractions, truth, strict=True))
     return {
         "correct": correct,
         "accuracy": correct / len(truth),

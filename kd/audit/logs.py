@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd.data.number import equal
 from kd.data.rows import final_answer
 from kd.errors import UserError
 from kd.io.download import download
@@ -114,7 +115,7 @@ def read_log(data: Path, experiment: str) -> Log:
 def rows_right(log: Log, automatic: list[Extraction]) -> list[bool]:
     """Which rows count as correct: by the authors' decisions or, in the raw log, by their automatic rules alone."""
     taken: Sequence[str | None] = log.decided or [found.answer for found in automatic]
-    return [answer == truth for answer, truth in zip(taken, log.truth, strict=True)]
+    return [equal(answer, truth) for answer, truth in zip(taken, log.truth, strict=True)]
 
 
 def _read(path: Path, columns: list[str]) -> list[dict[str, str]]:
@@ -123,7 +124,7 @@ def _read(path: Path, columns: list[str]) -> list[dict[str, str]]:
 
 def _truth(path: Path, number: int, row: dict[str, str]) -> str:
     true, behind_marks = _number(path, number, "extracted_answer", row), final_answer(row["answer"])
-    if behind_marks is None or spelled(float(behind_marks)) != true:
+    if behind_marks is None or not equal(behind_marks, true):
         raise UserError(f"{path} row {number}: extracted_answer {true} is not the number behind #### in its answer")
     return true
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from kd.audit.findings import share
 from kd.audit.logs import COMMIT, SHA256, Log
+from kd.data.number import equal
 from kd.io.files import whole_folder, write_json, write_text
 from kd.report import charts
 from kd.report.explorer import Question, Responses, pack
@@ -159,7 +160,7 @@ def _responses(log: Log, extractions: dict[str, list[Extraction]], right: list[b
         {COUNTED: _published(log, extractions)} | by_rules,
         {COUNTED: right}
         | {
-            rules: [one.answer == truth for one, truth in zip(found, log.truth, strict=True)]
+            rules: [equal(one.answer, truth) for one, truth in zip(found, log.truth, strict=True)]
             for rules, found in by_rules.items()
         },
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from kd.data.number import given
 from kd.errors import UserError
 from kd.io.files import json_lines
 from kd.io.text import refuse_half_characters
 
-_FINAL_ANSWER = re.compile(r"#### *(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
+MARK = "####"  # before the number that a GSM8K answer ends in
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ KEYS = {field.name for field in fields(Example)}
 
 
 def final_answer(answer: str) -> str | None:
-    """The number behind "####", without thousands separators ("70000"); None where there is none."""
-    match = _FINAL_ANSWER.search(answer)
-    return match[1].replace(",", "") if match else None
+    """The number that stands alone behind the last "####", in canonical spelling; None where there is none."""
+    _, mark, behind = answer.rpartition(MARK)
+    return given(behind) if mark else None
 
 
 def read_examples(path: Path) -> list[Example]:

@@ -170,7 +170,12 @@ def load_json(path: Path, what: str, mend: str = "make it again") -> Any:
 def json_lines(path: Path, mend: str = "name another") -> Iterator[tuple[int, object]]:
     """Line numbers (from 1) and values of a JSON lines file; blank lines are passed over. A UserError where there is no
     such file says how to `mend` that. Text in it may hold half a character."""
-    for number, line in enumerate(read_text(path, mend).split("\n"), start=1):
+    yield from parse_json_lines(read_text(path, mend), path)
+
+
+def parse_json_lines(text: str, path: Path) -> Iterator[tuple[int, object]]:
+    """The same of a text that `path` stands for in messages."""
+    for number, line in enumerate(text.split("\n"), start=1):
         line = line.removeprefix("\ufeff")  # of a file that was put behind another
         if line.strip():
             yield number, _parse_line(path, number, line)

@@ -14,6 +14,7 @@ from kd.io.text import read_text
 
 DELIMITERS = ",;\t"  # a comma; a semicolon where the comma is the decimal point
 _QUOTED = re.compile('[",\r\n]')
+_FORMULA = re.compile(r"['\t\r\n]|\s*+[=+@\uff1d\uff0b\uff0d\uff20-]")  # full width as well
 _LONE_LINE_END = re.compile(r"(?<!\r)\n")
 
 
@@ -25,6 +26,17 @@ def table_text(rows: Iterable[Sequence[object]]) -> str:
     return "".join((",".join(_cell(str(cell)) for cell in row) or '""') + "\n" for row in rows)
 
 
+def formula_free(text: str) -> str:
+    """The text of a cell so that a spreadsheet takes it for text and not for a formula: where it begins as one, or with
+    the apostrophe itself, with an apostrophe before it."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def restored(text: str) -> str:
+    """The text that `formula_free` made safe."""
+    return text.removeprefix("'")
+
+
 def read_table(path: Path, columns: Sequence[str], mend: str = "name another") -> list[dict[str, str]]:
     """The rows of a UTF-8 CSV file, which must have `columns` and may have more.
 
@@ -32,7 +44,11 @@ def read_table(path: Path, columns: Sequence[str], mend: str = "name another") -
     passed over. A UserError names the file and the row at fault, rows counted from 1 behind the first line; where there
     is no such file it says how to `mend` that.
     """
-    text = read_text(path, mend)
+    return parse_table(read_text(path, mend), path, columns)
+
+
+def parse_table(text: str, path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table's text, which `path` stands for in messages, as `read_table`."""
     if not _LONE_LINE_END.search(text):  # another system's line ends, those within cells as well
         text = text.replace("\r\n", "\n")
     header, delimiter = _header(path, text, columns)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from kd.errors import UserError
 
@@ -25,6 +26,7 @@ _UNREADABLE = {
 }
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _UTF16 = re.compile(rb"\xff\xfe|\xfe\xff|[^\0]\0[^\0]\0|\0[^\0]\0[^\0]")  # its mark, or two characters of ASCII
+_LAYOUT = {ord(character): None for character in "\n\t"}
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -33,7 +35,11 @@ def read_text(path: Path, mend: str = "name another") -> str:
 
     A UserError where there is no such file (then it says how to `mend` that), a folder, or text of another kind.
     """
-    content = _read_bytes(path, mend)
+    return decode(_read_bytes(path, mend), path)
+
+
+def decode(content: bytes, path: Path) -> str:
+    """The text that UTF-8 `content` is, which `path` stands for in messages, as `read_text`."""
     if _UTF16.match(content):
         raise UserError(f"{path}: UTF-16 text; save it as UTF-8")
     try:
@@ -66,6 +72,18 @@ def refuse_half_characters(document: Any, where: str) -> None:
         if half:
             found = f"\\u{ord(half[0]):04x} is half a character; write the whole character, or leave it out"
             raise UserError(f"{_at(where, key)}: {found}")
+
+
+def printable(text: str) -> str:
+    """Text of a model, a data set or a file as a terminal may show it: control characters, which could rule it, marks
+    that turn the direction of writing, what has no width, and lone surrogates as escapes; line ends and tabs stay."""
+    if text.translate(_LAYOUT).isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def refuse_folder(path: Path) -> None:

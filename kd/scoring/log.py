@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kd.config import Config
+from kd.data.number import equal, from_cell, whole_number
 from kd.data.rows import Example, final_answer, read_examples
 from kd.errors import UserError
 from kd.io.table import read_table, table_text
 from kd.scoring.extract import extract
 from kd.scoring.review import NO_ANSWER, OpenRow, read_decisions, response_sha256, reviews_file
 from kd.scoring.rules.documented import RULES
-from kd.scoring.rules.number import canonical, from_cell, whole_number
 from kd.scoring.rules.rule import UNDECIDED
 
 COLUMNS = (
@@ -105,9 +105,8 @@ def log_text(examples: Sequence[Example], prompts: Sequence[str], responses: Seq
 
 def is_correct(answer: str | None, true_answer: str) -> bool:
     """Whether an extracted answer is the number behind the "####" of GSM8K's answer."""
-    truth = final_answer(true_answer)
-    assert truth is not None, true_answer  # refused when the data was prepared
-    return answer == canonical("-" if truth.startswith("-") else "", truth.lstrip("-"))
+    truth = final_answer(true_answer)  # None is refused when the data is read
+    return truth is not None and equal(answer, truth)
 
 
 def log_file(config: Config, experiment: str) -> Path:

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kd.data.number import from_cell, given, whole_number
 from kd.errors import UserError
 from kd.io.files import write_whole_file
-from kd.io.table import read_table, table_text
-from kd.io.text import refuse_folder
-from kd.scoring.rules.number import GIVEN, canonical, from_cell, numbers, whole_number
+from kd.io.table import formula_free, read_table, restored, table_text
+from kd.io.text import printable, refuse_folder
+from kd.scoring.rules.number import numbers
 
 FOLDER = Path("reviews")
 NO_ANSWER = "-1"  # as in the original's logs
@@ -71,6 +72,7 @@ def read_decisions(path: Path) -> dict[str, dict[str, str]]:
         if decisions.setdefault(sha256, row)["answer"] != row["answer"]:
             raise UserError(f"{path} row {number}: another answer to a response that an earlier row decides; keep one")
         row["row"], row["sha256"] = str(whole_number(row["row"])), sha256
+        row["question"] = restored(row["question"])
     return decisions
 
 
@@ -82,7 +84,7 @@ def review(open_rows: Sequence[OpenRow], path: Path) -> None:
     try:
         for place, row in enumerate(waiting, start=1):
             print(f"\nRow {row.row} ({place} of {len(waiting)})\n")
-            print(f"{_printable(row.question)}\n\n{highlighted(row.response)}\n")
+            print(f"{printable(row.question)}\n\n{highlighted(row.response)}\n")
             answer = _ask()
             if answer is not None:
                 _save(path, decisions, [(row, answer)])
@@ -93,11 +95,14 @@ def review(open_rows: Sequence[OpenRow], path: Path) -> None:
 
 
 def export_sheet(open_rows: Iterable[OpenRow], decisions: Mapping[str, Mapping[str, str]], sheet: Path) -> None:
-    """Write the open rows with their responses and the decisions so far, to be filled in with a spreadsheet."""
+    """Write the open rows with their responses and the decisions so far, to be filled in with a spreadsheet.
+
+    No cell is a formula to it, whatever a model or a data set wrote (`restored` gives the text back).
+    """
     refuse_folder(sheet)
     decided = {sha256: decision["answer"] for sha256, decision in decisions.items()}
-    rows = [(row.row, row.question, row.response, row.sha256, decided.get(row.sha256, "")) for row in open_rows]
-    write_whole_file(sheet, table_text([SHEET_COLUMNS, *rows]))
+    rows = [(str(row.row), row.question, row.response, row.sha256, decided.get(row.sha256, "")) for row in open_rows]
+    write_whole_file(sheet, table_text([SHEET_COLUMNS, *([formula_free(cell) for cell in row] for row in rows)]))
 
 
 def import_sheet(open_rows: Iterable[OpenRow], path: Path, sheet: Path) -> int:
@@ -108,14 +113,15 @@ def import_sheet(open_rows: Iterable[OpenRow], path: Path, sheet: Path) -> int:
     known = {row.sha256: row for row in open_rows}
     taken: dict[str, tuple[OpenRow, str]] = {}
     for number, line in enumerate(read_table(sheet, ("sha256", "answer")), start=1):
-        if not line["answer"].strip():
+        given = restored(line["answer"].strip())
+        if not given:
             continue
         row = known.get(line["sha256"].strip().lower())
         if not row:
             raise UserError(
                 f"{sheet} row {number}: not a response that is open in this log; --export it again and fill that in"
             )
-        answer = _of_cell(line["answer"], row.response) or _refuse(sheet, number, line["answer"])
+        answer = _of_cell(given, row.response) or _refuse(sheet, number, given)
         if taken.setdefault(row.sha256, (row, answer)) != (row, answer):
             raise UserError(f"{sheet} row {number}: another answer to a response that an earlier row decides; keep one")
     _save(path, read_decisions(path), taken.values())
@@ -127,37 +133,29 @@ def highlighted(response: str) -> str:
     before, behind = ("\x1b[7m", "\x1b[0m") if sys.stdout.isatty() else ("[", "]")
     parts, end = [], 0
     for number in numbers(response):
-        parts += [_printable(response[end : number.start]), before, response[number.start : number.stop], behind]
+        parts += [printable(response[end : number.start]), before, response[number.start : number.stop], behind]
         end = number.stop
-    return "".join([*parts, _printable(response[end:])])
-
-
-def _printable(text: str) -> str:
-    """Control characters (a response may hold a terminal's) and lone surrogates as escapes; line ends stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join([*parts, printable(response[end:])])
 
 
 def _ask() -> str | None:
     """The answer given for one row; None to skip it. EOFError to quit."""
     while True:
-        given = input(f"Answer ({_HELP}): ").strip()
-        match given.lower():
+        typed = input(f"Answer ({_HELP}): ").strip()
+        match typed.lower():
             case "skip" | "s":
                 return None
             case "quit" | "q":
                 raise EOFError
-        answer = _parse(given)
+        answer = _parse(typed)
         if answer is not None:
             return answer
-        print(f"{given!r} is not {_HELP}")
+        print(f"{typed!r} is not {_HELP}")
 
 
-def _parse(given: str) -> str | None:
+def _parse(typed: str) -> str | None:
     """An answer in canonical spelling; None where it is neither a number nor `none`."""
-    if given.strip().lower() == "none":
-        return NO_ANSWER
-    match = GIVEN.fullmatch(given.strip())
-    return canonical(match[1], match[2]) if match else None
+    return NO_ANSWER if typed.lower() == "none" else given(typed)
 
 
 def _of_cell(cell: str, response: str = "") -> str | None:
@@ -181,4 +179,5 @@ def _save(path: Path, decisions: dict[str, dict[str, str]], taken: Iterable[tupl
             "answer": answer,
         }
     ordered = sorted(decisions.values(), key=lambda decision: (int(decision["row"]), decision["sha256"]))
-    write_whole_file(path, table_text([COLUMNS, *([row[column] for column in COLUMNS] for row in ordered)]))
+    rows = ((row["row"], formula_free(row["question"]), row["sha256"], row["answer"]) for row in ordered)
+    write_whole_file(path, table_text([COLUMNS, *rows]))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kd.data.number import canonical
 from kd.scoring.extract import RULE_SETS, extract
 from kd.scoring.rules.documented import RULES
-from kd.scoring.rules.number import canonical
 from kd.scoring.rules.rule import UNDECIDED, Extraction
 
 
@@ -48,6 +48,14 @@ CASES = [
     ("3 + 4\nit costs $.50", "0.5", "last-number"),
     ("1, 2 and 1,2345", "2345", "last-number"),
     ("1 2\n3.", "3", "last-number"),
+    # A number's sign and currency are part of it; a point behind a letter is none of its own.
+    (r"\boxed{-\$20}", "-20", "boxed"),
+    (r"\boxed{-$20}", "-20", "boxed"),
+    ("\u20135 points", "-5", "first-line"),
+    ("1 2\nThe answer is -\u00a35.", "-5", "answer-is"),
+    ("1 2\nThe answer is Rs.18", "18", "answer-is"),
+    ("1 2\nthat is approx.60 km", "60", "last-number"),
+    ("10\u201312\nor 10\u201312", "12", "last-number"),
     # What none settles.
     ("", None, UNDECIDED),
     ("no idea", None, UNDECIDED),
@@ -114,6 +122,30 @@ HOSTILE = {
     "markers": "answer: " * 2**17,
     "slashes": "1/" * 2**19,
     "fractions in LaTeX": r"\frac{1}{" * 2**17,
+    "numbers apart by spaces": "1 000 " * 2**15,
+    "boxes taken back": r"\boxed{2} wait \boxed{3} " * 2**13,
+    "boxes on one line": "".join(rf"\boxed{{{i}}}" for i in range(2**14)),
+    "arithmetic": "#### " + "9 * " * 2**16,
+    "powers": "#### " + "9^9 * 1e99 * " * 2**14,
+    "a fraction of many digits": "1" * 10_000 + "/3",
+    "labels": "the answer to that is 5 " * 2**13,
+    "outcomes": "the result is 5 " * 2**13,
+    "label without its verb": "the answer to " * 2**14,
+    "headings behind hash marks": "#### 5 pens\n" * 2**14,
+    "restated": "#### " + "the 1 " * 2**16,
+    "brackets": "(" * 2**18 + "1",
+    "steps": "Step 1\n" * 2**15,
+    "items": "1. a\n" * 2**15,
+    "checks": "Check: " * 2**15 + "1",
+    "checks of numbers": "check: 1\n" * 2**15,
+    "tags": "<answer>" * 2**15 + "1",
+    "thoughts": "<think>1</think>" * 2**14,
+    "turns": " <|im_end|>1" * 2**14,
+    "minus and spaces": " - 1" * 2**16,
+    "number words": "twenty-" * 2**15 + ".",
+    "drawing": "draw(1" * 2**15,
+    "answers in JSON": '"answer":1,' * 2**14,
+    "two lower letters": "\u0130answer is 4 " * 2**13,
     "nuls": "\0" * 2**20,
     "surrogates": "\ud800" * 2**20,
     "right to left": "\u202e٣٤" * 2**18,

@@ -9,19 +9,25 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
 from params import keep
 from rows import prepare_tests
 
 from kd.cli import main
+from kd.io.table import read_table, restored
+from kd.io.text import printable
 from kd.scoring.log import COLUMNS
-from kd.scoring.review import highlighted
+from kd.scoring.review import SHEET_COLUMNS, OpenRow, export_sheet, highlighted
 
 LOG = Path("artifacts/mini/logs/teacher-kd.csv")
 DECISIONS = Path("reviews/teacher-kd.csv")
@@ -138,6 +144,48 @@ def test_a_sheet_goes_out_and_comes_back(monkeypatch: pytest.MonkeyPatch, capsys
     assert reported(capsys)["undecided"] == [4]
 
 
+FORMULAS = [
+    '=HYPERLINK("http://a")',
+    "+one",
+    "-cmd|' /C calc'!A0",
+    "@SUM(A)",
+    "'=quoted",
+    "' apostrophe",
+    "\uff1dx",
+    "plain",
+]
+
+
+@pytest.mark.usefixtures("log")
+def test_no_cell_of_a_sheet_is_a_formula_and_responses_come_back_unchanged() -> None:
+    prepare_tests((f"How many is {i}0?", f"It is.\n#### {i}0") for i in range(1, 5))
+    write_log([FORMULAS[0], "It is 20", FORMULAS[1], FORMULAS[2]])
+    assert main(["review", "teacher-kd", "--export", "sheet.csv"]) == 0
+    with Path("sheet.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["response"] for row in rows] == [f"'{response}" for response in FORMULAS[:3]]
+    assert [restored(row["response"]) for row in rows] == FORMULAS[:3]
+    rows[0]["answer"], rows[1]["answer"] = "'-10", "-30"  # as a cell that is text, and as a number
+    write_sheet(rows)
+    assert main(["review", "teacher-kd", "--import", "sheet.csv"]) == 0
+    assert decided() == {"1": "-10", "3": "-30"}
+    assert main(["review", "teacher-kd", "--export", "again.csv"]) == 0
+    assert main(["review", "teacher-kd", "--import", "again.csv"]) == 0
+    assert decided() == {"1": "-10", "3": "-30"}
+
+
+@given(st.text(max_size=40) | st.text("='+-@\t\r\n \"a;,", max_size=6), st.sampled_from(FORMULAS))
+def test_any_text_goes_through_a_sheet_unharmed(text: str, formula: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        sheet = Path(folder) / "sheet.csv"
+        export_sheet([OpenRow(1, formula, text)], {}, sheet)
+        (row,) = read_table(sheet, SHEET_COLUMNS)
+    assert not any(
+        cell.lstrip()[:1] in set("=+-@\uff1d\uff0b\uff0d\uff20") or cell[:1] in "\t\r" for cell in row.values() if cell
+    )
+    assert (restored(row["question"]), restored(row["response"])) == (formula, text)
+
+
 def write_sheet(rows: list[dict[str, str]]) -> None:
     with Path("sheet.csv").open("w", newline="", encoding="utf-8-sig") as file:  # as spreadsheets save it
         writer = csv.DictWriter(file, list(rows[0]))
@@ -232,6 +280,23 @@ def test_numbers_are_highlighted_and_a_terminal_is_not_fooled(capsys: pytest.Cap
     assert highlighted("so 3 + 4,000 = 4,003.\nYes") == "so [3] + [4,000] = [4,003].\nYes"
     assert highlighted("\x1b[2J \ud800 5") == "\\x1b[[2]J \\ud800 [5]"
     assert capsys.readouterr().out == ""
+
+
+@given(st.text(alphabet=st.characters(codec=None), max_size=60))
+def test_nothing_that_rules_a_terminal_is_shown(text: str) -> None:
+    """No control characters, no escape sequences, no marks that turn the direction of writing."""
+    shown = printable(text)
+    assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in shown if c not in "\n\t")
+    assert shown == text or "\\" in shown
+
+
+@pytest.mark.usefixtures("log")
+def test_messages_show_no_control_characters_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("log.csv").write_text("a\x1b[2J\u202e,b\n1,2\n")
+    assert main(["extract", "log.csv", "--column", "text"]) == 2
+    error = capsys.readouterr().err
+    assert "first line names a\\x1b[2J\\u202e, b" in error
+    assert error.rstrip("\n").isprintable()
 
 
 @pytest.mark.usefixtures("log")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd.cli import main
+from kd.cli import LONG, main
 from kd.scoring.extract import RULE_SETS, extract
 from kd.scoring.rules.notebook import spelled
 
@@ -87,6 +88,18 @@ def test_a_float_is_spelled_so_that_it_reads_back(value: float) -> None:
         ("lm-eval-flexible", "It is $18.00.", "18.00"),  # compared as text, so not 18
         ("lm-eval-flexible", "5 or 1,200", "1200"),
         ("lm-eval-flexible", "5 apples", "5"),
+        ("lm-eval-strict", "#### 3\n\nQuestion: and #### 4", "3"),
+        ("lm-eval-flexible", "It is 3.<|im_end|>\n4", "3"),
+        ("lm-eval-flexible", "It is 3.\nQuestion: 4?", "3"),
+        ("lm-eval-llama", "The final answer is 11. The final answer is $1,200.", "1200"),
+        ("lm-eval-llama", "The final answer is 11<|eot_id|>The final answer is 12", "11"),
+        ("lm-eval-llama", "The answer is 11.", None),
+        ("math-verify", "The answer is 40%.", "40"),
+        ("math-verify", r"$\boxed{18\text{ eggs}}$", "18"),
+        ("math-verify", r"$\boxed{\text{18}}$", "18"),
+        ("math-verify", r"The answer is 5, $\boxed{18}$", "18"),
+        ("math-verify", r"\boxed{12 + 6 = 18}", "18"),
+        ("math-verify", r"\boxed{18 \text{ m}^2}", "18"),
         ("math-verify", r"so $\boxed{\frac{3}{4}}$", "0.75"),
         ("math-verify", r"The final answer is $x = 12$.", "12"),
         ("math-verify", "70,000", "70000"),
@@ -132,6 +145,53 @@ def test_extract_reads_csv_and_json_lines(log: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "row\tanswer\trule\n1\t5\tboxed\n2\t\tundecided\n3\t9\tfirst-line\n"
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_standard_input_is_scored_against_a_column(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    truths = ["$5.00", "It is.\n#### +.5", "\u22127"]
+    texts = ["It is 5", "no idea", "The answer is 7"]
+    table = "text,truth\n" + "".join(f'"{text}","{truth}"\n' for text, truth in zip(texts, truths, strict=True))
+    lines = "".join(
+        json.dumps({"text": text, "truth": truth}) + "\n" for text, truth in zip(texts, truths, strict=True)
+    )
+    given = (table if kind == "csv" else lines).encode()
+    command = ["extract", "-", "--column", "text", "--truth", "truth"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == [
+        {"row": 1, "answer": "5", "rule": "first-line", "truth": "5", "correct": True},
+        {"row": 2, "answer": None, "rule": "undecided", "truth": "0.5", "correct": False},
+        {"row": 3, "answer": "7", "rule": "first-line", "truth": "-7", "correct": False},
+    ]
+    assert "1 of 3 right, 33.33% (95 % interval " in printed.err
+    assert "1 without an answer" in printed.err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[2] == "2\t\tundecided\t0.5\tFalse"
+
+
+def test_a_truth_in_json_may_be_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.jsonl").write_text('{"text": "5", "n": 5}\n{"text": "2.5", "n": 2.50}\n{"text": "", "n": 1e22}\n')
+    assert main(["extract", str(tmp_path / "log.jsonl"), "--column", "text", "--truth", "n"]) == 0
+    assert "2 of 3 right" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("truth", ["five", "", "#### 5 apples", "1,23"])
+def test_a_truth_that_is_no_number_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], truth: str) -> None:
+    (tmp_path / "log.csv").write_text(f'text,truth\n5,5\n5,"{truth}"\n')
+    assert main(["extract", str(tmp_path / "log.csv"), "--column", "text", "--truth", "truth"]) == 2
+    assert f"log.csv row 2: truth is {truth!r}, expected a number, or an answer that ends in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rows", "shown"), [(LONG, True), (LONG - 1, False)])
+def test_a_long_file_shows_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, shown: bool) -> None:
+    (tmp_path / "log.csv").write_text("text\n" + "It is 5\n" * rows)
+    assert main(["extract", str(tmp_path / "log.csv"), "--column", "text"]) == 0
+    assert ("extract, documented" in capsys.readouterr().err) == shown
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -164,12 +224,14 @@ def test_lone_surrogates_survive_json(tmp_path: Path, capsys: pytest.CaptureFixt
         assert json.loads(capsys.readouterr().out)[0]["row"] == 1
 
 
-def test_documented_rules_read_the_published_logs_at_20000_rows_a_second(published_logs: Path) -> None:
+@pytest.mark.parametrize(("rules", "rows_per_second"), [("documented", 30_000), ("robust", 5_000)])
+def test_the_published_logs_are_read_quickly(published_logs: Path, rules: str, rows_per_second: int) -> None:
+    """On an idle machine `robust` reads twice that (benchmarks/extract.py); the test is to pass on a busy one."""
     with (published_logs / "base-KD.csv").open(encoding="utf-8", newline="") as file:
         responses = [row["model_answer"] for row in csv.DictReader(file)]
     times = []
     for _ in range(5):
         start = time.process_time()
-        assert len(list(extract(responses))) == 1319
+        assert len(list(extract(responses, rules))) == 1319
         times.append(time.process_time() - start)
-    assert len(responses) / min(times) > 20_000
+    assert len(responses) / min(times) > rows_per_second

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 
-from kd.scoring.rules.number import canonical
+from kd.data.number import canonical
 from kd.scoring.rules.rule import NOTHING, Extraction
 
 # The notebook's expressions with possessive quantifiers: what they match is the same, and they cannot backtrack.

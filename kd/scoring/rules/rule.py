@@ -47,14 +47,15 @@ def in_order(rules: dict[str, Rule]) -> RuleSet:
 
     def rule_set(responses: Iterable[str]) -> Iterator[Extraction]:
         for response in responses:
-            yield _first(rules, response)
+            yield first(rules, response)
 
     return rule_set
 
 
-def _first(rules: dict[str, Rule], response: str) -> Extraction:
+def first(rules: dict[str, Rule], response: str, offset: int = 0) -> Extraction:
+    """What the first of `rules` that finds a number takes from a response, or from the part of one at `offset`."""
     for name, rule in rules.items():
         found = rule(response)
         if found is not None:
-            return Extraction(found.answer, name, (found.start, found.stop))
+            return Extraction(found.answer, name, (found.start + offset, found.stop + offset))
     return NOTHING
