@@ -100,7 +100,7 @@ def test_paper_profile_states_the_published_protocol() -> None:
             "adapters.more.needs: unknown need 'teacher/x'",
         ),
         ("needs: adapters/fine-tuning", "needs: tuning", "experiments.fine-tuning.needs: unknown need 'tuning'"),
-        ("  max_new_tokens: 64", "  max_new_tokens: 0", "assess.max_new_tokens: expected greater than 0, found 0"),
+        ("  max_new_tokens: 48", "  max_new_tokens: 0", "assess.max_new_tokens: expected greater than 0, found 0"),
         ("source: miniature", "source: minature", "dataset.source: expected one of 'miniature', 'folder', 'hub'"),
         ("source: miniature", "source: folder", "dataset.path: missing"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from kd.config import Config
 from kd.data.rows import read_examples
@@ -18,8 +19,8 @@ from kd.teacher.capture import open_checked
 
 @dataclass(frozen=True)
 class Lesson:
-    """What one student learns from: matched examples, the teacher's store (None for labels alone), and the test rows
-    matched as the original's check loss matches them."""
+    """What one student learns from: matched examples, the teacher's store (None for labels alone), and under
+    `published` the test rows, matched as its training is, for the original's check."""
 
     matches: Matches
     store: TeacherStore | None
@@ -41,7 +42,6 @@ def prepare_lesson(config: Config, experiment: str) -> Lesson:
     with what params want of the student, is said here, before weights are loaded."""
     adapter, settings = config.adapters[experiment], config.distill
     examples = read_examples(config.artifacts / "data" / "train.jsonl")
-    tests = read_examples(config.artifacts / "data" / "test.jsonl")
     folder = model_folder(config.student.model)
     student = check_folder(folder, "transformers").settings
     tokenizer = load_tokenizer(folder)
@@ -52,8 +52,7 @@ def prepare_lesson(config: Config, experiment: str) -> Lesson:
         _refuse_other_logits(store, student.vocab_size)
     stored = [example.reading for example in store.manifest.examples] if store else None
     matches = match_examples(settings.protocol, examples, tokenizer, settings.max_tokens, stored, settings.quirks)
-    check = match_examples("published", tests, tokenizer, settings.max_tokens, None)
-    return Lesson(matches, store, check.kept)
+    return Lesson(matches, store, _check(config, tokenizer))
 
 
 def _refuse_other_logits(store: TeacherStore, size: int) -> None:
@@ -63,3 +62,10 @@ def _refuse_other_logits(store: TeacherStore, size: int) -> None:
             f"{store.folder}: the teacher has {store.vocabulary_size} logits, the student {size}; "
             "choose a teacher and a student with one vocabulary"
         )
+
+
+def _check(config: Config, tokenizer: Any) -> list[Match]:
+    if config.distill.protocol != "published":
+        return []
+    tests = read_examples(config.artifacts / "data" / "test.jsonl")
+    return match_examples("published", tests, tokenizer, config.distill.max_tokens, None).kept

@@ -58,6 +58,7 @@ def collect(config: Config, answered: Mapping[str, Sequence[Answered]], curves: 
                 "published": None if differs else CHECK_LOSSES.get(adapter),
             }
             for adapter, check in trained.items()
+            if check["check_loss"] is not None
         },
     }
 
@@ -118,8 +119,8 @@ def _against(config: Config, name: str, comparison: dict[str, Any]) -> dict[str,
 
 
 def _trained(config: Config) -> dict[str, dict[str, Any]]:
-    """What training left beside each adapter that is there: the original's check, mean cross entropy over the test
-    rows, misaligned as in its training, and the libraries' versions."""
+    """What training left beside each adapter that is there: the original's check (mean cross entropy over the
+    test rows, misaligned as in its training; None but under `published`), and the libraries' versions."""
     return {
         adapter: read_json(path, f"the check loss that `kd train {adapter}` writes")
         for adapter in config.adapters

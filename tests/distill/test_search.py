@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -308,5 +307,3 @@ def test_values_searched_on_the_miniature_train_three_seeds_without_a_collapse(
         with capsys.disabled():
             print(f"training loss {fmean(losses[:8]):.3f}, {fmean(losses[-8:]):.3f}")
         assert not loss_ends(losses)["rose"]
-        check = json.loads(Path("artifacts/mini/adapters/teacher-kd/check.json").read_text())
-        assert math.isfinite(check["check_loss"])
