@@ -105,7 +105,7 @@ def sessions() -> set[str]:
 def test_every_session_that_is_named_is_there(sessions: set[str]) -> None:
     named = re.compile(r"\bnox (?:-s|--session) ([a-z-]+)")
     assert {name for _, text in texts() for name in named.findall(text)} <= sessions
-    table = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("| session |")[2].partition("\n\n")[0]
+    table = (REPOSITORY / "docs/usage.md").read_text(encoding="utf-8").partition("| session |")[2].partition("\n\n")[0]
     listed = {name for row in table.splitlines() for name in re.findall(r"`([a-z-]+)`", row.split("|")[1:][0])}
     assert listed == sessions
 

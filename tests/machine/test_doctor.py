@@ -65,7 +65,7 @@ def test_a_fit_machine_passes_every_check_of_the_papers_profile() -> None:
         ({"python": "3.12.1"}, "Python", "make the environment with Python 3.11"),
         ({"packages": (Package("torch", "2.4.0", "2.11.0"),)}, "torch", "install torch==2.4.0 from requirements.lock"),
         ({"packages": (Package("exllamav2", "0.1.8", None),)}, "exllamav2", "install exllamav2==0.1.8"),
-        ({"gpus": (), "extension": None}, "GPUs", "4 NVIDIA GPUs of 90 GiB or more; CUDA_VISIBLE_DEVICES"),
+        ({"gpus": (), "extension": None}, "GPUs", "4 NVIDIA GPUs of 78 GiB or more; CUDA_VISIBLE_DEVICES"),
         ({"gpus": (Gpu("V100", 400 * GIB, (7, 0)),)}, "GPU generation", "compute capability 8.0 or newer"),
         ({"driver": "515.43.04"}, "NVIDIA driver", "update it to 525.60 or newer"),
         ({"driver": "525.59"}, "NVIDIA driver", "update it to 525.60 or newer"),
