@@ -33,6 +33,8 @@ stages:
     cmd: mkdir -p artifacts/mini/second && cat artifacts/mini/first/row > artifacts/mini/second/row
     deps: [artifacts/mini/first]
     outs: [artifacts/mini/second]
+  train-control:
+    cmd: "true"
 """
 # Makes real environments, and installs what says where it runs instead of some gigabytes.
 UV = """\
