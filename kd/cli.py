@@ -49,6 +49,7 @@ Beside them:
   kd review teacher-kd       decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
+  kd students                all students and assessments side by side, one a GPU, after what they need
   kd doctor                  has this machine what the profile needs?
   kd models fetch            the profile's teacher and student from the Hub, resumable
   kd search teacher-kd       alpha and T by Bayesian search
@@ -109,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     _add_models(commands)
     _add_store(commands)
     _add_study(commands)
+    _add_students(commands)
     return root
 
 
@@ -314,6 +316,18 @@ def _add_study(commands: Any) -> None:
     one = add("task", _study_task, "do one task, in this process")
     one.add_argument("name", metavar="TASK", help="as said/ names it: aligned-self-s1/base-kd")
     add("results", _study_results, "write results.json, the README's tables, and logs/ for DVC")
+
+
+def _add_students(commands: Any) -> None:
+    text = "train and assess all students side by side, one a GPU"
+    sub = commands.add_parser(
+        "students",
+        help=text,
+        description=f"{text}: whatever of them is out of date, and before them what they need, as `dvc repro` would. "
+        "What one of several says stands behind its name; one that fails does not stop the others.",
+    )
+    sub.add_argument("--jobs", metavar="N", type=_count, help="students at a time (as many as GPUs, or 1 without any)")
+    sub.set_defaults(run=_students)
 
 
 def _insist_on_checkout(params: Path) -> None:
@@ -579,6 +593,15 @@ def _study_results(options: argparse.Namespace) -> None:
 def _file_or_input(text: str) -> Path:
     """A file given on the command line, or standard input."""
     return STANDARD_INPUT if text == "-" else Path(text)
+
+
+def _students(options: argparse.Namespace) -> None:
+    from kd.config import load_config
+    from kd.machine.students import run
+
+    params = Path("params.yaml")
+    _insist_on_checkout(params)
+    run(load_config(params), options.jobs)
 
 
 def _minutes(text: str) -> float:

@@ -18,6 +18,7 @@ from params import keep
 from ruamel.yaml import YAML
 
 SUMMARIES = {"statistics", "report", "attention"}  # which read every student
+STUDENTS = {"train", "assess", "assess-control", "statistics"}  # what `kd students` runs side by side
 FILES = ("kd", "profiles", "reviews", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
@@ -131,6 +132,51 @@ def test_another_prompt_is_another_line(clone: Path) -> None:
     assert "socratic-kd" in (clone / "artifacts/mini/report/results.md").read_text()
     (clone / "params.yaml").write_text(params)
     repro(clone)
+
+
+def forget_students(folder: Path) -> None:
+    """Undo what comes behind the teachers, in dvc.lock and in DVC's memory of what ran as well."""
+    lock = YAML(typ="safe").load(folder / "dvc.lock")
+    lock["stages"] = {name: stage for name, stage in lock["stages"].items() if name.split("@")[0] not in STUDENTS}
+    with (folder / "dvc.lock").open("w") as file:
+        YAML().dump(lock, file)
+    shutil.rmtree(folder / ".dvc/cache/runs")
+    for made in ("adapters", "logs"):
+        shutil.rmtree(folder / "artifacts/mini" / made)
+    (folder / "artifacts/mini/statistics.json").unlink()
+
+
+@pytest.mark.usefixtures("table")
+def test_students_run_side_by_side_and_end_in_the_lock_of_one_after_the_other(clone: Path) -> None:
+    expected = YAML(typ="safe").load(clone / "dvc.lock")
+    forget_students(clone)
+
+    command, adapters = ("python", "-m", "kd", "students", "--jobs", "2"), clone / "artifacts/mini/adapters"
+    process = subprocess.Popen(command, cwd=clone, env=on_cpu(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert any("> python -m kd train" in line for line in process.stderr)  # which takes a second to begin
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "kd: interrupted; what is done is kept, and the same command goes on from there" in said
+    assert not {path.name for path in adapters.glob("*-kd")}
+
+    (adapters / ".partial").mkdir(parents=True, exist_ok=True)
+    (adapters / ".partial/base-kd").touch()  # is in the way of one student
+    failing = run(clone, *command)
+    assert failing.returncode == 1
+    assert "train@base-kd failed: kd: artifacts/mini/adapters/.partial/base-kd: a file is where" in failing.stderr
+    assert "kd: train@base-kd failed, and assess@base-kd could not begin without; mend" in failing.stderr
+    assert outputs(clone).keys() >= {"artifacts/mini/logs/teacher-kd.csv", "artifacts/mini/logs/no-distillation.csv"}
+
+    (adapters / ".partial/base-kd").unlink()
+    going_on = run(clone, *command)
+    assert going_on.returncode == 0, going_on.stderr
+    assert "> python -m kd assess base-kd" in going_on.stderr
+    assert "> python -m kd assess teacher-kd" not in going_on.stderr
+    assert YAML(typ="safe").load(clone / "dvc.lock") == expected
+    assert ran(repro(clone)) == {"inputs"}
+    assert not unfinished(clone / "artifacts")
 
 
 @pytest.mark.parametrize("stage", ["train@base-kd", "teacher@base"])

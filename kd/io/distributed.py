@@ -86,8 +86,14 @@ def take_gpus(process: Process) -> None:
     if process.local_world == 1 or count <= 1:  # nothing to share out, or the launcher did
         return
     share = _part(count, process.local, process.local_world) or [process.local % count]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[i] for i in share)
+    names = gpu_names(count)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in share)
+
+
+def gpu_names(count: int) -> list[str]:
+    """The `count` GPUs that are visible, as CUDA_VISIBLE_DEVICES calls them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
 def wait_for_others(left: Callable[[], int], what: str, unit: str = "shard") -> None:

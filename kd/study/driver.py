@@ -22,6 +22,7 @@ from typing import Any
 from kd.config import Config
 from kd.data.rows import read_examples
 from kd.errors import UserError
+from kd.io.distributed import gpu_names
 from kd.io.files import as_json, read_json, sha256, whole_folder, write_whole_file
 from kd.io.progress import progress
 from kd.machine.probe import Gpu, read_driver, read_gpus
@@ -69,7 +70,7 @@ def run(plan: Plan, jobs: int | None, minutes: float | None) -> int:
     found = read_gpus()
     if tasks:
         write_whole_file(MACHINE, as_json(_machine(found)))
-    gpus = _visible_gpus(len(found))
+    gpus = gpu_names(len(found))
     jobs = jobs or JOBS * len(gpus) or 1
     deadline = time.monotonic() + 60 * (minutes or float("inf"))
     with progress((), "study", "task", total) as bar, _ended_with_us(running):
@@ -263,9 +264,3 @@ def _machine(found: tuple[Gpu, ...]) -> dict[str, Any]:
     hardware = {"gpus": gpus, "driver": read_driver() if gpus else None, "cores": len(os.sched_getaffinity(0))}
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     return {"hardware": hardware, "versions": versions}
-
-
-def _visible_gpus(count: int) -> list[str]:
-    """The GPUs that tasks are spread over, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(count)]

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from commands import begin, contents
-from conftest import environment
+from conftest import REPOSITORY, environment
 from params import keep
+from ruamel.yaml import YAML
 
 from kd.cli import main
 
@@ -89,3 +90,27 @@ def test_two_processes_take_the_gpus_between_them() -> None:
         named = [visible.split(",") for visible, _ in found]
         assert [len(cards) for cards in named] == [int(cards) for _, cards in found]
         assert sorted(named[0] + named[1]) == sorted(map(str, range(count)))
+
+
+def test_students_take_a_gpu_each(small: dict[str, Any], tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two NVIDIA GPUs")
+    small["dataset"] |= {"train_rows": 4, "test_rows": 4}
+    YAML().dump(small, tmp_path / "params.yaml")
+    shutil.copytree(REPOSITORY / "kd", "kd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "reviews", "reviews")
+    shutil.copy(REPOSITORY / "dvc.yaml", "dvc.yaml")
+    subprocess.run(["dvc", "init", "--quiet", "--no-scm"], env=environment(), check=True)
+    # Each stage's process says which GPUs it has: Python runs this module before anything else.
+    Path("sitecustomize.py").write_text(
+        "import os, sys\nif sys.orig_argv[1:3] == ['-m', 'kd']: print('sees', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
+    )
+    variables = environment() | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "kd", "students", "--jobs", "2"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = {line.split()[0]: line.split()[-1] for line in done.stderr.splitlines() if " | sees " in line}
+    assert {stage for stage in seen if stage.startswith("train")} == {"train@teacher-kd", "train-control@fine-tuning"}
+    assert len({gpu for stage, gpu in seen.items() if stage.startswith("train")}) == 2
+    assert all(gpu.isdecimal() for gpu in seen.values())
+    assert (MINI / "logs/teacher-kd.csv").exists()
