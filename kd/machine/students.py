@@ -103,7 +103,7 @@ def _asked(*command: str) -> str:
     found = subprocess.run([*DVC, *command], capture_output=True, text=True)
     if found.returncode:
         last_words = found.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise UserError(f"`dvc {command[0]}` fails here ({last_words[0]}); mend that, then run the same command again")
+        raise UserError(f"DVC's {command[0]} fails here ({last_words[0]}); go to the checkout, or mend that")
     return found.stdout
 
 
