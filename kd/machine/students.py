@@ -6,6 +6,7 @@ while a stage's command runs, only while it looks what is out of date and writes
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -61,12 +62,13 @@ def run(config: Config, jobs: int | None) -> None:
     `jobs` at a time (None: as many as there are GPUs and host memory to load students). WorkFailedError names what
     failed, once all else is done.
     """
-    needs = read_needs()
+    needs = _read_needs()
     names = gpu_names(len(read_gpus()))
     if jobs and names and jobs > len(names):
         raise UserError(f"--jobs {jobs}: every student has a GPU and {len(names)} are visible; give at most that many")
     try:
         _bring_up_to_date(sorted(set().union(*needs.values()) - needs.keys()))
+        needs = _outdated(needs)
         at_once = jobs or _at_once(config, len(names))
         places = [Place(names[number] if names else None) for number in range(at_once)]
         failed, left = _side_by_side(needs, places)
@@ -79,16 +81,30 @@ def run(config: Config, jobs: int | None) -> None:
         raise WorkFailedError(f"{', '.join(failed)} failed{behind}; mend what is said above, then: {KEPT}")
 
 
-def read_needs() -> dict[str, set[str]]:
+def _read_needs() -> dict[str, set[str]]:
     """The stages that take one GPU, those that others wait for first, and of each the stages whose results it reads."""
-    found = subprocess.run([*DVC, "dag", "--dot"], capture_output=True, text=True)
-    if found.returncode:
-        last_words = found.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise UserError(f"`dvc dag` fails here ({last_words[0]}); mend that, then run the same command again")
-    edges = [edge for edge in EDGE.findall(found.stdout) if edge[1].partition("@")[0] in GROUPS]
+    edges = [edge for edge in EDGE.findall(_asked("dag", "--dot")) if edge[1].partition("@")[0] in GROUPS]
     waited_for = {before for before, _ in edges}
     stages = sorted({stage for _, stage in edges}, key=lambda stage: (stage not in waited_for, stage))
     return {stage: {before for before, after in edges if after == stage} for stage in stages}
+
+
+def _outdated(needs: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Those of the stages that DVC would run: what is changed for them, or will be once those they need have run."""
+    changed = set(json.loads(_asked("status", "--json", *needs)))
+    for stage, before in needs.items():
+        if before & changed:
+            changed.add(stage)
+    return {stage: needs[stage] for stage in needs if stage in changed}
+
+
+def _asked(*command: str) -> str:
+    """What DVC answers."""
+    found = subprocess.run([*DVC, *command], capture_output=True, text=True)
+    if found.returncode:
+        last_words = found.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise UserError(f"DVC's {command[0]} fails here ({last_words[0]}); go to the checkout, or mend that")
+    return found.stdout
 
 
 def _at_once(config: Config, gpus: int) -> int:
