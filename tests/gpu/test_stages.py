@@ -107,7 +107,7 @@ def test_students_take_a_gpu_each(small: dict[str, Any], tmp_path: Path) -> None
     )
     variables = environment() | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "kd", "students", "--jobs", "2"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     seen = {line.split()[0]: line.split()[-1] for line in done.stderr.splitlines() if " | sees " in line}
     assert {stage for stage in seen if stage.startswith("train")} == {"train@teacher-kd", "train-control@fine-tuning"}
