@@ -34,7 +34,9 @@ stages:
     deps: [artifacts/mini/first]
     outs: [artifacts/mini/second]
   train-control:
-    cmd: "true"
+    cmd: mkdir -p artifacts/mini/third
+    deps: [.dvcignore]
+    outs: [artifacts/mini/third]
 """
 # Makes real environments, and installs what says where it runs instead of some gigabytes.
 UV = """\

@@ -146,6 +146,7 @@ def forget_students(folder: Path) -> None:
     (folder / "artifacts/mini/statistics.json").unlink()
 
 
+@pytest.mark.often  # it takes a minute
 @pytest.mark.usefixtures("table")
 def test_students_run_side_by_side_and_end_in_the_lock_of_one_after_the_other(clone: Path) -> None:
     expected = YAML(typ="safe").load(clone / "dvc.lock")
