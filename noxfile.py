@@ -206,13 +206,13 @@ def lint(session: nox.Session) -> None:
     session.run("hadolint", "Dockerfile")
 
 
-def stage(session: nox.Session, name: str, *stages: str) -> None:
-    """Run `kd <name>` with the session's arguments, or without any the pipeline's `stages` (the one of that name)."""
+def stage(session: nox.Session, name: str, *others: str) -> None:
+    """Run `kd <name>` with the session's arguments, or without any the pipeline's stages of that name, and `others`."""
     environment(session)
     if session.posargs:
         session.run("kd", name, *session.posargs)
     else:
-        session.run("dvc", "repro", *(stages or [name]))
+        session.run("dvc", "repro", name, *others)
 
 
 @nox.session(python=False)
@@ -224,13 +224,13 @@ def teacher(session: nox.Session) -> None:
 @nox.session(python=False)
 def train(session: nox.Session) -> None:
     """Training: `nox -s train -- teacher-kd` trains one student; without arguments, whatever is out of date."""
-    stage(session, "train", "train", "train-control")
+    stage(session, "train", "train-control")
 
 
 @nox.session(python=False)
 def assess(session: nox.Session) -> None:
     """Assessment: `nox -s assess -- teacher-kd` asks one student; without arguments, whatever is out of date."""
-    stage(session, "assess", "assess", "assess-control")
+    stage(session, "assess", "assess-control")
 
 
 @nox.session(python=False)

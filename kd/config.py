@@ -337,8 +337,9 @@ class Config(Params):
 
     @model_validator(mode="after")
     def _students_of_prompts(self) -> Config:
+        asked = self.assess.model_dump(exclude={"batch_tokens"})
         for prompt in self.prompts:
-            name, asked = f"{prompt}-kd", self.assess.model_dump(exclude={"batch_tokens"})
+            name = f"{prompt}-kd"
             for key, mapping in (("adapters", self.adapters), ("experiments", self.experiments)):
                 if name in mapping:
                     raise ValueError(f"{key}.{name}: `prompts.{prompt}` makes it already; remove it here")
