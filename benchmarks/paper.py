@@ -42,7 +42,8 @@ from teacher import ABOUT, GIB, autosplit, make_questions, peaks, resident, save
 from transformers import LlamaForCausalLM
 
 from kd.config import FolderModel, Teacher
-from kd.machine.random_exl2 import LLAMA_8B, LLAMA_70B, LLAMA_405B, random_weights, write_folder
+from kd.machine.random_exl2 import random_weights, write_folder
+from kd.machine.shapes import LLAMA_8B, LLAMA_70B, LLAMA_405B
 from kd.models.load import pad_right
 from kd.store.head import HEAD_FOLDER, TeacherHead, read_head_manifest, write_head
 from kd.store.records import ModelIdentity, Reading

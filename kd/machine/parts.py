@@ -1,0 +1,365 @@
+"""Parts of an experiment, done by the stages' own code on stand-ins for its models, and measured.
+
+A part is a process of its own, as a stage is: `python -m kd.machine.parts TASK.json`, in a folder that has the rows
+and the stand-ins. It writes what it found beside its task. benchmarks/paper.py measures captures and heads by the
+same functions.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd.config import Config, FolderModel
+from kd.data.rows import read_examples
+from kd.errors import UserError, WorkFailedError
+from kd.io.files import put_in_place
+from kd.machine.stand_in import MadeUp, made_up_weights
+from kd.store.head import HEAD_FOLDER, read_head_manifest, write_head
+from kd.store.records import ModelIdentity, Prompt, Reading, Tokenization
+from kd.store.writer import StoreWriter
+from kd.teacher import backends
+from kd.teacher.capture import fill
+
+if TYPE_CHECKING:
+    import torch
+
+    from kd.assess.decode import Row
+
+GIB = 2**30
+DECODE_CPU_S, DECODE_GPU_S = 6.0, 60.0  # about the most that decoding one batch of rows may take
+TRAIN_CPU_S, TRAIN_GPU_S = 8.0, 10.0
+NOBODY = ModelIdentity(name="random", revision=None, weights=None, dtype="float16", backend="exllamav2", versions={})
+
+
+class Watched:
+    """A teacher whose forwards are noted: when each came, and of how many tokens it was, padding included."""
+
+    def __init__(self, teacher: backends.LoadedTeacher) -> None:
+        self.teacher = teacher
+        self.ticks: list[tuple[float, int, int]] = []  # seconds, tokens, questions
+
+    def states(self, batches: Iterable[list[list[int]]]) -> Generator[list[torch.Tensor], None, None]:
+        sizes: list[tuple[int, int]] = []
+
+        def noted() -> Generator[list[list[int]], None, None]:
+            for batch in batches:
+                sizes.append((len(batch) * max(map(len, batch)), len(batch)))
+                yield batch
+
+        with closing(self.teacher.states(noted())) as stream:
+            for number, states in enumerate(stream):
+                self.ticks.append((time.perf_counter(), *sizes[number]))
+                yield states
+
+    def intervals(self) -> list[tuple[int, float]]:
+        """Tokens of each forward but the first, and the seconds from the result before it to its own."""
+        return [(tokens, now - before) for (before, *_), (now, tokens, _) in pairwise(self.ticks)]
+
+
+class Silent:
+    """In the place of a progress bar."""
+
+    def update(self, count: int = 1) -> None:
+        """Nothing."""
+
+
+def capture_into(
+    teacher: backends.LoadedTeacher, wanted: list[Reading], rows: int, writer: StoreWriter, bar: Any = None
+) -> Watched:
+    """Let a loaded teacher read all of `wanted`, `rows` a forward, as `kd teacher` does it."""
+    watched = Watched(teacher)
+    shards = list(range(ceil(len(wanted) / writer.shard_examples)))
+    fill(watched, wanted, writer, shards, rows, bar or Silent())
+    return watched
+
+
+def gpu_use() -> list[float]:
+    """GiB in use on each GPU, this process' and all others'."""
+    import torch
+
+    found = []
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(gpu)
+        free, there = torch.cuda.mem_get_info(gpu)
+        found.append((there - free) / GIB)
+    return found
+
+
+def look(_: Config, __: dict[str, Any]) -> dict[str, Any]:
+    """The GPUs of this machine."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(gpu) for gpu in range(torch.cuda.device_count())]
+    return {"gpus": [{"name": gpu.name, "gib": gpu.total_memory / GIB} for gpu in found]}
+
+
+def head(params: Config, _: dict[str, Any]) -> dict[str, Any]:
+    """`kd head`."""
+    from kd.teacher.capture import keep_head
+
+    with made_up(params.teacher.model, params.teacher.backend) as weights:
+        keep_head(params)
+    return {"made_up_s": weights.seconds, "gpu_gib": gpu_use()}
+
+
+def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
+    """`kd teacher` on some questions: what a forward takes by its tokens, and what stays to be done at its end."""
+    from kd.models.load import load_tokenizer, model_folder
+    from kd.protocol.reading import readings
+    from kd.teacher.capture import prompt_record, tokenization
+
+    prompt, rows = task["prompt"], params.teacher.batch_rows
+    tokenizer = load_tokenizer(model_folder(params.teacher.model))
+    examples = read_examples(params.artifacts / "data" / "train.jsonl")
+    wanted = readings(params.distill, params.prompts[prompt], tokenizer, examples)
+    start = time.perf_counter()
+    with made_up(params.teacher.model, params.teacher.backend) as weights:
+        loaded = backends.load(params.teacher, task["longest"])
+    load_s = time.perf_counter() - start - weights.seconds
+    start = time.perf_counter()
+    longest = [[2 + i % 7 for i in range(task["longest"])]] * rows
+    for _ in loaded.states([longest, longest]):  # warms up, and takes as much memory as any other
+        pass
+    target = params.artifacts / "teacher" / prompt
+    work = target.with_name(f"{prompt}.work")
+    work.mkdir(parents=True)
+    about = (backends.identity(params.teacher), prompt_record(params, prompt), tokenization(tokenizer, params.distill))
+    writer = StoreWriter(work, *about, key="", batch_rows=rows)
+    watched = capture_into(loaded, wanted, rows, writer)
+    ended = time.perf_counter()
+    writer.finish(read_head_manifest(params.artifacts / "teacher" / HEAD_FOLDER).sha256)
+    put_in_place(work, target)
+    settled = time.perf_counter() - ended
+    return {
+        "made_up_s": weights.seconds,
+        "load_s": load_s,
+        "measured_s": time.perf_counter() - start,
+        "forwards": watched.intervals(),
+        "settle_s": settled / len(wanted),
+        "store_bytes": sum(path.stat().st_size for path in target.iterdir()) / sum(len(r.token_ids) for r in wanted),
+        "gpu_gib": gpu_use(),
+    }
+
+
+def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
+    """`kd train` on some rows: what an update takes by its tokens, what a graph's recording takes, and what stays to be
+    done once, or for each test row, checkpoint and update."""
+    from kd.distill import checkpoint
+    from kd.distill.adapter import fresh_student, save_adapter
+    from kd.distill.lesson import prepare_lesson
+    from kd.distill.memory import lowerable, shortage_told
+    from kd.distill.step import make_step
+    from kd.distill.train import evaluate
+
+    found: dict[str, Any] = {"kinds": {}}
+    measured_s, loaded = 0.0, False
+    with made_up(params.student.model, "transformers") as weights:
+        for kind, experiment in task["kinds"].items():
+            began = time.perf_counter()
+            lesson = prepare_lesson(params, experiment)
+            with shortage_told(f"train, {experiment}", lowerable(params), lambda: "goes on"):
+                student = fresh_student(params, experiment)
+                step = make_step(student, lesson.head, params.distill)
+                if not loaded:
+                    found["load_s"] = time.perf_counter() - began - weights.seconds
+                start = time.perf_counter()
+                found["kinds"][kind] = _updates(step, lesson, params)
+                test_s, done_s = _timed(lambda: evaluate(student.get_base_model(), lesson.check, None, None, params.distill)), 0.0
+                if not loaded:
+                    work = params.artifacts / "adapters" / experiment
+                    work.mkdir(parents=True)
+                    found["checkpoint_s"] = _timed(lambda: checkpoint.save(work / "checkpoints", step.descent, []))
+                    done_s = _timed(lambda: save_adapter(student, params, experiment, lesson.matches, work))
+                    found["test_row_s"] = test_s / len(lesson.check)
+                    found["gpu_gib"] = gpu_use()
+                    measured_s += time.perf_counter() - start - done_s
+                else:
+                    measured_s += time.perf_counter() - began  # of a second student there is a process of its own
+            loaded = True
+            del student, step, lesson
+            _empty_cache()
+    found["log_s"] = _log_seconds(params.artifacts / "loss")
+    return found | {"made_up_s": weights.seconds, "measured_s": measured_s}
+
+
+def _updates(step: Any, lesson: Any, params: Config) -> dict[str, Any]:
+    """Rounds over the lesson: tokens and seconds of each update but the first ones, and the seconds of a recording."""
+    from kd.distill.step import GraphStep
+    from kd.distill.train import descend
+
+    settings, matches = params.distill, lesson.matches.kept
+    rows = settings.batch_rows
+    batches = [matches[i : i + rows] for i in range(0, len(matches), rows)]
+    sizes = [sum(len(match.input_ids) + len(match.labels) for match in batch) for batch in batches]
+    graphs = isinstance(step, GraphStep)
+    budget, rounds = (TRAIN_GPU_S, 64) if graphs else (TRAIN_CPU_S, 3)
+    endless = settings.model_copy(update={"epochs": rounds})
+    ticks = [time.perf_counter()]
+    with closing(descend(step, matches, lesson.states, endless)) as records:  # type: ignore[type-var]
+        for _ in records:
+            ticks.append(time.perf_counter())
+            whole = len(ticks) - 1 >= (2 if graphs else 1) * len(batches)
+            if whole and ticks[-1] - ticks[0] > budget:
+                break
+    times = [later - earlier for earlier, later in pairwise(ticks)]
+    first = len(batches) if graphs else 1
+    steady = [(sizes[i % len(sizes)], seconds) for i, seconds in enumerate(times) if i >= first]
+    shapes = {shape_of(batch, step.bucket) for batch in batches}
+    again = statistics.fmean(seconds for _, seconds in steady) if steady else times[0]
+    recording = max(0.0, sum(times[:first]) - first * again) / len(shapes) if graphs else 0.0
+    return {"updates": steady or [(sizes[0], times[0])], "recording_s": recording, "bucket": step.bucket}
+
+
+def shape_of(batch: Sequence[Any], bucket: int) -> tuple[int, int, int]:
+    """Which CUDA graph an update needs (kd/distill/step.py)."""
+    width = max(len(match.input_ids) for match in batch)
+    height = sum(len(match.labels) for match in batch)
+    return len(batch), ceil(width / bucket), ceil(height / (bucket * len(batch)))
+
+
+def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
+    """`kd assess`: what reading and continuing a full batch of rows takes, and what the last rows take."""
+    from kd.assess.decode import Row, slot_count
+    from kd.assess.generate import Ending
+    from kd.distill.adapter import fresh_student
+    from kd.models.load import load_tokenizer, model_folder
+
+    tokenizer = load_tokenizer(model_folder(params.student.model))
+    start = time.perf_counter()
+    with made_up(params.student.model, "transformers") as weights:
+        student = fresh_student(params, task["experiment"]) if task["experiment"] else _bare(params)
+        student = student.merge_and_unload().eval() if task["experiment"] else student
+    load_s = time.perf_counter() - start - weights.seconds
+    start, ways = time.perf_counter(), []
+    gpu = student.device.type == "cuda"
+    used = gpu_use()
+    for way in task["ways"]:
+        lengths, limit = way["lengths"], way["limit"]
+        longest = max(lengths) + limit
+        slots = slot_count(student, len(lengths), params.assess.batch_tokens, longest)
+        waves = []
+        for count in (slots, len(lengths) % slots):
+            if not count or count > len(lengths):
+                continue
+            step = len(lengths) / count
+            chosen = [sorted(lengths)[int((i + 0.5) * step)] for i in range(count)]
+            rows = [Row(i, [2 + j % 11 for j in range(length)], limit) for i, length in enumerate(chosen)]
+            ending = Ending(tokenizer, frozenset(), way["stop"])
+            waves.append(_wave(student, rows, params.assess.batch_tokens, longest, ending, gpu))
+            used = list(map(max, used, waves[-1].pop("gpu_gib")))
+        ways.append({"slots": slots, "full": waves[0], "last": waves[1] if len(waves) > 1 else None})
+    return {
+        "made_up_s": weights.seconds,
+        "load_s": load_s,
+        "measured_s": time.perf_counter() - start,
+        "ways": ways,
+        "gpu_gib": used,
+    }
+
+
+def _wave(model: Any, rows: list[Row], batch_tokens: int, longest: int, ending: Any, gpu: bool) -> dict[str, Any]:
+    """Seconds of rows that begin and end together: the first time, and again when CUDA graphs are recorded."""
+    from kd.assess.decode import decode
+
+    budget, limit = (DECODE_GPU_S if gpu else DECODE_CPU_S), rows[0].limit
+    ticks = [time.perf_counter()]
+    with closing(decode(model, rows, batch_tokens, longest, ending.reached)) as steps:  # type: ignore[type-var]
+        for _ in steps:
+            ticks.append(time.perf_counter())
+            if ticks[-1] - ticks[0] > budget and len(ticks) > 6:
+                break
+        used = gpu_use()
+    _empty_cache()
+    reading, *times = [later - earlier for earlier, later in pairwise(ticks)]
+    left = max(0, limit - 1 - len(times))
+    times += left * [statistics.median(times[-max(3, len(times) // 4) :])] if times else []
+    usual = statistics.median(times) if times else 0.0
+    again = reading + sum(min(seconds, 2 * usual) for seconds in times)
+    return {"seconds": reading + sum(times), "again_s": again, "measured_steps": limit - 1 - left, "gpu_gib": used}
+
+
+def rest(params: Config, task: dict[str, Any]) -> dict[str, Any]:
+    """`kd statistics` of the store that is here."""
+    from kd.analysis.certainty import measure_prompts
+
+    start = time.perf_counter()
+    measure_prompts(params.model_copy(update={"prompts": {task["prompt"]: params.prompts[task["prompt"]]}}))
+    return {"measured_s": time.perf_counter() - start}
+
+
+def made_up(model: Any, backend: str) -> Any:
+    """Random weights for a stand-in."""
+    assert isinstance(model, FolderModel)
+    return made_up_weights(model.folder, backend)
+
+
+def _bare(params: Config) -> Any:
+    from kd.models.adapters import load_student
+    from kd.models.load import default_device, model_folder
+
+    return load_student(model_folder(params.student.model), params.student.dtype, None, default_device())
+
+
+def _log_seconds(folder: Path) -> float:
+    """What the loss curve takes an update."""
+    from kd.distill.checkpoint import Record
+    from kd.distill.train import loss_curve
+
+    start = time.perf_counter()
+    with loss_curve(folder, []) as log:
+        for number in range(1, 51):
+            log(Record(number, [], 1.0, 1.0, 1.0, 1.0))
+    return (time.perf_counter() - start) / 50
+
+
+def _empty_cache() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+PARTS = {work.__name__: work for work in (look, head, teacher, train, assess, rest)}
+
+
+def main() -> None:
+    """Do the task of a file; its result, or why it was refused, comes beside it."""
+    file = Path(sys.argv[1])
+    task = json.loads(file.read_text())
+    params = Config.model_validate(task["params"])
+    try:
+        found = PARTS[task["part"]](params, task)
+    except (UserError, WorkFailedError) as error:
+        found = {"refused": str(error)}
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        found = {"refused": "out of memory: " + " ".join(str(error).split())[:200], "memory": True}
+    found["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found["whole_s"] = time.time() - task["since"]
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.rename(file.with_suffix(".found"))
+
+
+if __name__ == "__main__":
+    main()
