@@ -18,7 +18,10 @@ from kd.models.vocabulary import TOKENIZER
 
 # Deciles of GSM8K's first 2638 training rows, in SmolLM2's tokens; of the socratic answers those of the test split.
 QUESTIONS = (32, 39, 44, 49, 54, 59, 64, 71, 80, 102)
-ANSWERS = {"main": (57, 71, 83, 93, 105, 119, 134, 151, 175, 227), "socratic": (78, 96, 114, 132, 146, 163, 184, 207, 238, 300)}
+ANSWERS = {
+    "main": (57, 71, 83, 93, 105, 119, 134, 151, 175, 227),
+    "socratic": (78, 96, 114, 132, 146, 163, 184, 207, 238, 300),
+}
 PIECES = re.compile(r"[^\W\d_]{1,7}|\d|[^\w\s]|\n")  # about the tokens of an English text
 FIRST_WORD = 2  # of a stand-in's vocabulary: 0 and 1 are its special tokens
 

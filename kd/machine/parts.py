@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -23,9 +24,9 @@ from kd.config import Config, FolderModel
 from kd.data.rows import read_examples
 from kd.errors import UserError, WorkFailedError
 from kd.io.files import put_in_place
-from kd.machine.stand_in import MadeUp, made_up_weights
-from kd.store.head import HEAD_FOLDER, read_head_manifest, write_head
-from kd.store.records import ModelIdentity, Prompt, Reading, Tokenization
+from kd.machine.stand_in import made_up_weights
+from kd.store.head import HEAD_FOLDER, read_head_manifest
+from kd.store.records import ModelIdentity, Reading
 from kd.store.writer import StoreWriter
 from kd.teacher import backends
 from kd.teacher.capture import fill
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 DECODE_CPU_S, DECODE_GPU_S = 6.0, 60.0  # about the most that decoding one batch of rows may take
-TRAIN_CPU_S, TRAIN_GPU_S = 8.0, 10.0
+TRAIN_CPU_S, TRAIN_GPU_S = 4.0, 10.0
+ALL = "all.jsonl"  # all training rows, where train.jsonl has some
 NOBODY = ModelIdentity(name="random", revision=None, weights=None, dtype="float16", backend="exllamav2", versions={})
 
 
@@ -95,7 +97,7 @@ def gpu_use() -> list[float]:
     return found
 
 
-def look(_: Config, __: dict[str, Any]) -> dict[str, Any]:
+def look(_: Config | None, __: dict[str, Any]) -> dict[str, Any]:
     """The GPUs of this machine."""
     import torch
 
@@ -123,12 +125,19 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     examples = read_examples(params.artifacts / "data" / "train.jsonl")
     wanted = readings(params.distill, params.prompts[prompt], tokenizer, examples)
     start = time.perf_counter()
+    everything = read_examples(params.artifacts / "data" / ALL)
+    lengths = {
+        name: [len(reading.token_ids) for reading in readings(params.distill, text, tokenizer, everything)]
+        for name, text in params.prompts.items()
+    }
+    most, lengths_s = max(map(max, lengths.values())), time.perf_counter() - start
+    start = time.perf_counter()
     with made_up(params.teacher.model, params.teacher.backend) as weights:
-        loaded = backends.load(params.teacher, task["longest"])
+        loaded = backends.load(params.teacher, most)
     load_s = time.perf_counter() - start - weights.seconds
     start = time.perf_counter()
-    longest = [[2 + i % 7 for i in range(task["longest"])]] * rows
-    for _ in loaded.states([longest, longest]):  # warms up, and takes as much memory as any other
+    longest = [[2 + i % 7 for i in range(most)]] * rows
+    for _ in loaded.states([longest]):  # warms up, and takes as much memory as any other
         pass
     target = params.artifacts / "teacher" / prompt
     work = target.with_name(f"{prompt}.work")
@@ -143,7 +152,9 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     return {
         "made_up_s": weights.seconds,
         "load_s": load_s,
-        "measured_s": time.perf_counter() - start,
+        "measured_s": time.perf_counter() - start + lengths_s,
+        "lengths": lengths,
+        "shard": writer.shard_examples,
         "forwards": watched.intervals(),
         "settle_s": settled / len(wanted),
         "store_bytes": sum(path.stat().st_size for path in target.iterdir()) / sum(len(r.token_ids) for r in wanted),
@@ -171,21 +182,20 @@ def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
                 student = fresh_student(params, experiment)
                 step = make_step(student, lesson.head, params.distill)
                 if not loaded:
-                    found["load_s"] = time.perf_counter() - began - weights.seconds
+                    found["load_s"] = time.perf_counter() - began - weights.seconds  # with reading the store
                 start = time.perf_counter()
                 found["kinds"][kind] = _updates(step, lesson, params)
-                test_s, done_s = _timed(lambda: evaluate(student.get_base_model(), lesson.check, None, None, params.distill)), 0.0
                 if not loaded:
+                    loaded, check = True, partial(evaluate, student.get_base_model(), lesson.check, None, None)
+                    found["test_row_s"] = _timed(lambda: check(params.distill)) / len(lesson.check)
                     work = params.artifacts / "adapters" / experiment
                     work.mkdir(parents=True)
                     found["checkpoint_s"] = _timed(lambda: checkpoint.save(work / "checkpoints", step.descent, []))
-                    done_s = _timed(lambda: save_adapter(student, params, experiment, lesson.matches, work))
-                    found["test_row_s"] = test_s / len(lesson.check)
                     found["gpu_gib"] = gpu_use()
-                    measured_s += time.perf_counter() - start - done_s
+                    measured_s += time.perf_counter() - start
+                    save_adapter(student, params, experiment, lesson.matches, work)
                 else:
-                    measured_s += time.perf_counter() - began  # of a second student there is a process of its own
-            loaded = True
+                    measured_s += time.perf_counter() - began  # there are processes for the others
             del student, step, lesson
             _empty_cache()
     found["log_s"] = _log_seconds(params.artifacts / "loss")
@@ -193,14 +203,14 @@ def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _updates(step: Any, lesson: Any, params: Config) -> dict[str, Any]:
-    """Rounds over the lesson: tokens and seconds of each update but the first ones, and the seconds of a recording."""
+    """Rounds over the lesson: tokens and seconds of each update but the first ones, and the seconds of a recording;
+    and the tokens of all updates, and the recordings, of the whole stage."""
     from kd.distill.step import GraphStep
     from kd.distill.train import descend
 
     settings, matches = params.distill, lesson.matches.kept
-    rows = settings.batch_rows
-    batches = [matches[i : i + rows] for i in range(0, len(matches), rows)]
-    sizes = [sum(len(match.input_ids) + len(match.labels) for match in batch) for batch in batches]
+    batches, sizes = _batched(matches, settings.batch_rows)
+    all_batches, all_sizes = _batched(_all_matches(params, lesson), settings.batch_rows)
     graphs = isinstance(step, GraphStep)
     budget, rounds = (TRAIN_GPU_S, 64) if graphs else (TRAIN_CPU_S, 3)
     endless = settings.model_copy(update={"epochs": rounds})
@@ -208,7 +218,7 @@ def _updates(step: Any, lesson: Any, params: Config) -> dict[str, Any]:
     with closing(descend(step, matches, lesson.states, endless)) as records:  # type: ignore[type-var]
         for _ in records:
             ticks.append(time.perf_counter())
-            whole = len(ticks) - 1 >= (2 if graphs else 1) * len(batches)
+            whole = len(ticks) - 1 >= (2 * len(batches) if graphs else 4)
             if whole and ticks[-1] - ticks[0] > budget:
                 break
     times = [later - earlier for earlier, later in pairwise(ticks)]
@@ -217,7 +227,31 @@ def _updates(step: Any, lesson: Any, params: Config) -> dict[str, Any]:
     shapes = {shape_of(batch, step.bucket) for batch in batches}
     again = statistics.fmean(seconds for _, seconds in steady) if steady else times[0]
     recording = max(0.0, sum(times[:first]) - first * again) / len(shapes) if graphs else 0.0
-    return {"updates": steady or [(sizes[0], times[0])], "recording_s": recording, "bucket": step.bucket}
+    return {
+        "updates": steady or [(sizes[0], times[0])],
+        "recording_s": recording,
+        "all": all_sizes,
+        "recordings": len({shape_of(batch, step.bucket) for batch in all_batches}) if graphs else 0,
+    }
+
+
+def _batched(matches: list[Any], rows: int) -> tuple[list[list[Any]], list[int]]:
+    """What makes an update each, and its tokens."""
+    batches = [matches[i : i + rows] for i in range(0, len(matches), rows)]
+    return batches, [sum(len(match.input_ids) + len(match.labels) for match in batch) for batch in batches]
+
+
+def _all_matches(params: Config, lesson: Any) -> list[Any]:
+    """What `lesson` would be of all rows."""
+    from kd.models.load import load_tokenizer, model_folder
+    from kd.protocol.alignment import match_examples
+    from kd.protocol.reading import readings
+
+    tokenizer, settings = load_tokenizer(model_folder(params.student.model)), params.distill
+    everything = read_examples(params.artifacts / "data" / ALL)
+    text = lesson.store.manifest.prompt.text if lesson.store else ""
+    stored = readings(settings, text, tokenizer, everything) if lesson.store else None
+    return match_examples(settings.protocol, everything, tokenizer, settings.max_tokens, stored, settings.quirks).kept
 
 
 def shape_of(batch: Sequence[Any], bucket: int) -> tuple[int, int, int]:
@@ -345,7 +379,7 @@ def main() -> None:
     """Do the task of a file; its result, or why it was refused, comes beside it."""
     file = Path(sys.argv[1])
     task = json.loads(file.read_text())
-    params = Config.model_validate(task["params"])
+    params = Config.model_validate(task["params"]) if task["params"] else None
     try:
         found = PARTS[task["part"]](params, task)
     except (UserError, WorkFailedError) as error:

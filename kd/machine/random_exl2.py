@@ -166,4 +166,3 @@ def _quantized(layer: str, rows: int, columns: int, bits: int) -> dict[str, tupl
         f"{layer}.q_scale_max": ("F16", (groups,)),
         f"{layer}.q_groups": ("I16", (2 * groups,)),
     }
-

@@ -82,7 +82,9 @@ def llama_config(shape: Shape, dtype: str, quantization: dict[str, Any] | None =
 def _own(model: config.FolderModel) -> dict[str, Any]:
     path = model.folder / CONFIG
     if not path.is_file():
-        raise UserError(f"{path}: not there; put the model's config.json there, of which alone a rehearsal needs to know")
+        raise UserError(
+            f"{path}: not there; put the model's config.json there, of which alone a rehearsal needs to know"
+        )
     return read_object(path)
 
 
@@ -104,4 +106,3 @@ def _of_hub(model: config.HubModel) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise WorkFailedError(f"{model_name(model)}: its {CONFIG} is no JSON object; put the right one at {path}")
     return found
-
