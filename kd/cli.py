@@ -165,9 +165,9 @@ def _add_stages(commands: Any) -> None:
         "what the experiment takes on this machine, tried on random weights of its models' shapes",
     )
     rehearse.description = (
-        "Does a part of every stage's work by the stage's own code, on random weights of the models' shapes (nothing is "
-        "downloaded but a config.json that is not known), and reckons memory, disk, time and price of the whole. It says "
-        "nothing of results. Exit status 1 where something does not fit."
+        "Does a part of every stage's work by the stage's own code, on random weights of the models' shapes (nothing "
+        "is downloaded but a config.json that is not known), and reckons memory, disk, time and price of the whole. It "
+        "says nothing of results. Exit status 1 where something does not fit."
     )
     rehearse.add_argument("--price", metavar="P", type=_price, help="of an hour of this machine, in any currency")
     rehearse.add_argument("--json", action="store_true", help="print one JSON document instead of the table")

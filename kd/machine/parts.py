@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
-from functools import partial
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -24,7 +24,7 @@ from kd.config import Config, FolderModel
 from kd.data.rows import read_examples
 from kd.errors import UserError, WorkFailedError
 from kd.io.files import put_in_place
-from kd.machine.stand_in import made_up_weights
+from kd.machine.stand_in import MadeUp, made_up_weights
 from kd.store.head import HEAD_FOLDER, read_head_manifest
 from kd.store.records import ModelIdentity, Reading
 from kd.store.writer import StoreWriter
@@ -97,7 +97,7 @@ def gpu_use() -> list[float]:
     return found
 
 
-def look(_: Config | None, __: dict[str, Any]) -> dict[str, Any]:
+def look() -> dict[str, Any]:
     """The GPUs of this machine."""
     import torch
 
@@ -163,43 +163,58 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
-    """`kd train` on some rows: what an update takes by its tokens, what a graph's recording takes, and what stays to be
-    done once, or for each test row, checkpoint and update."""
+    """`kd train` on some rows, for each kind of student: what an update takes by its tokens, and a graph's recording;
+    and what stays to be done once, or for each test row, checkpoint and update."""
+    with made_up(params.student.model, "transformers") as weights:
+        (first, experiment), *others = task["kinds"].items()
+        found = _train_first(params, experiment, weights)
+        found["kinds"] = {first: found.pop("kind")}
+        start = time.perf_counter()
+        for kind, experiment in others:
+            _empty_cache()
+            found["kinds"][kind] = _updates(*_beginning(params, experiment)[1:], params)
+        found["log_s"] = _log_seconds(params.artifacts / "loss")
+        found["measured_s"] += time.perf_counter() - start
+    return found | {"made_up_s": weights.seconds}
+
+
+def _train_first(params: Config, experiment: str, weights: MadeUp) -> dict[str, Any]:
+    """All that `kd train` does. `measured_s` is what depends on the number of rows."""
     from kd.distill import checkpoint
-    from kd.distill.adapter import fresh_student, save_adapter
-    from kd.distill.lesson import prepare_lesson
-    from kd.distill.memory import lowerable, shortage_told
-    from kd.distill.step import make_step
+    from kd.distill.adapter import save_adapter
     from kd.distill.train import evaluate
 
-    found: dict[str, Any] = {"kinds": {}}
-    measured_s, loaded = 0.0, False
-    with made_up(params.student.model, "transformers") as weights:
-        for kind, experiment in task["kinds"].items():
-            began = time.perf_counter()
-            lesson = prepare_lesson(params, experiment)
-            with shortage_told(f"train, {experiment}", lowerable(params), lambda: "goes on"):
-                student = fresh_student(params, experiment)
-                step = make_step(student, lesson.head, params.distill)
-                if not loaded:
-                    found["load_s"] = time.perf_counter() - began - weights.seconds  # with reading the store
-                start = time.perf_counter()
-                found["kinds"][kind] = _updates(step, lesson, params)
-                if not loaded:
-                    loaded, check = True, partial(evaluate, student.get_base_model(), lesson.check, None, None)
-                    found["test_row_s"] = _timed(lambda: check(params.distill)) / len(lesson.check)
-                    work = params.artifacts / "adapters" / experiment
-                    work.mkdir(parents=True)
-                    found["checkpoint_s"] = _timed(lambda: checkpoint.save(work / "checkpoints", step.descent, []))
-                    found["gpu_gib"] = gpu_use()
-                    measured_s += time.perf_counter() - start
-                    save_adapter(student, params, experiment, lesson.matches, work)
-                else:
-                    measured_s += time.perf_counter() - began  # there are processes for the others
-            del student, step, lesson
-            _empty_cache()
-    found["log_s"] = _log_seconds(params.artifacts / "loss")
-    return found | {"made_up_s": weights.seconds, "measured_s": measured_s}
+    start = time.perf_counter()
+    student, step, lesson = _beginning(params, experiment)
+    load_s = time.perf_counter() - start - weights.seconds
+    work = params.artifacts / "adapters" / experiment
+    work.mkdir(parents=True)
+    start = time.perf_counter()
+    kind = _updates(step, lesson, params)
+    test_s = _timed(lambda: evaluate(student.get_base_model(), lesson.check, None, None, params.distill))
+    checkpoint_s = _timed(lambda: checkpoint.save(work / "checkpoints", step.descent, []))
+    measured_s, used = time.perf_counter() - start, gpu_use()
+    shutil.rmtree(work / "checkpoints")
+    save_adapter(student, params, experiment, lesson.matches, work)
+    return {
+        "load_s": load_s,
+        "kind": kind,
+        "test_row_s": test_s / len(lesson.check),
+        "checkpoint_s": checkpoint_s,
+        "measured_s": measured_s,
+        "gpu_gib": used,
+    }
+
+
+def _beginning(params: Config, experiment: str) -> tuple[Any, Any, Any]:
+    """What `kd train` begins with: the student, its step, and what it learns from."""
+    from kd.distill.adapter import fresh_student
+    from kd.distill.lesson import prepare_lesson
+    from kd.distill.step import make_step
+
+    lesson = prepare_lesson(params, experiment)
+    student = fresh_student(params, experiment)
+    return student, make_step(student, lesson.head, params.distill), lesson
 
 
 def _updates(step: Any, lesson: Any, params: Config) -> dict[str, Any]:
@@ -372,16 +387,15 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-PARTS = {work.__name__: work for work in (look, head, teacher, train, assess, rest)}
+PARTS = {work.__name__: work for work in (head, teacher, train, assess, rest)}
 
 
 def main() -> None:
     """Do the task of a file; its result, or why it was refused, comes beside it."""
     file = Path(sys.argv[1])
     task = json.loads(file.read_text())
-    params = Config.model_validate(task["params"]) if task["params"] else None
     try:
-        found = PARTS[task["part"]](params, task)
+        found = look() if task["part"] == "look" else PARTS[task["part"]](Config.model_validate(task["params"]), task)
     except (UserError, WorkFailedError) as error:
         found = {"refused": str(error)}
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""EXL2 models of any Llama's shape whose weights are random, made on the GPUs as exllamav2 asks for them; and plain ones.
+"""EXL2 models of any Llama's shape whose weights are random, made on the GPUs as exllamav2 asks for them.
 
 They take no download and no disk, and as much memory and time as the real ones; what they say means nothing. A folder
 has its config.json and its files of weights with true headers, but the files are one hole:
@@ -89,8 +89,8 @@ def bits_of(document: dict[str, Any]) -> tuple[int, int]:
 
     def there(key: str, default: int) -> int:
         asked = quantization.get(key)
-        known = type(asked) in (int, float)
-        return next((bits for bits in BITS_THERE if bits >= asked), BITS_THERE[-1]) if known else default
+        asked = asked if isinstance(asked, int | float) else default
+        return next((bits for bits in BITS_THERE if bits >= asked), BITS_THERE[-1])
 
     return there("bits", BITS), there("head_bits", HEAD_BITS)
 

@@ -182,8 +182,8 @@ def look_around(params: Config, folder: Path) -> Machine:
     needed, memory = gpus_needed(params), params.needs.gpu_memory_gib
     if needed and not found["gpus"]:
         raise WorkFailedError(
-            f"no GPU is visible, and {params.profile} needs {needed} of {memory:g} GiB; rehearse it on a machine that "
-            "has them (CUDA_VISIBLE_DEVICES may hide them), or another profile: `kd rehearse --params profiles/mini.yaml`"
+            f"no GPU is visible, and {params.profile} needs {needed} of {memory:g} GiB; rehearse it where they are "
+            "(CUDA_VISIBLE_DEVICES may hide them), or another profile, `kd rehearse --params profiles/mini.yaml`"
         )
     return Machine(found["gpus"], read_memory() / GIB)
 
@@ -310,12 +310,13 @@ class Rehearsal:
             for stage in (train, assess):
                 stage.refuse(missing)
             return None, None
-        kinds: dict[str, str] = {f"{self.prompt[0]}": f"{self.prompt[0]}-kd"} if captured else {}
-        kinds |= {"": name for name, adapter in list(params.adapters.items())[::-1] if not adapter.prompt}
+        kinds: dict[str, str] = {self.prompt[0]: f"{self.prompt[0]}-kd"} if captured else {}
+        if labels := [name for name, adapter in params.adapters.items() if not adapter.prompt]:
+            kinds[""] = labels[0]
         ways, named = self._ways()
         adapters = [one.adapter for one in params.experiments.values() if one.adapter]
-        tasks = [("train", {"kinds": kinds})] if kinds else []
-        tasks += [("assess", {"ways": ways, "experiment": adapters[0] if adapters else None})]
+        tasks: list[tuple[str, dict[str, Any]]] = [("train", {"kinds": kinds})] if kinds else []
+        tasks.append(("assess", {"ways": ways, "experiment": adapters[0] if adapters else None}))
         if self.gpus > 1:
             found = self.parts.do([(*task, [gpu]) for gpu, task in enumerate(tasks)], self.task)
         else:
@@ -389,8 +390,8 @@ class Rehearsal:
         stage.one_s = stage.seconds = seconds
         total = sum(self.model_bytes[role] for role in passes) / GIB
         note = (
-            f"weights: {total:.1f} GiB read at {speed / 1e9:.2f} GB/s, {where}: once for their checksums, and again for "
-            "each process where memory does not keep them; their download is not counted."
+            f"weights: {total:.1f} GiB read at {speed / 1e9:.2f} GB/s, {where}: once for their checksums, and again "
+            "for each process where memory does not keep them; their download is not counted."
         )
         return stage, note
 
