@@ -15,15 +15,18 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
+from datetime import datetime
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd import fingerprint
 from kd.config import Config, FolderModel
 from kd.data.rows import read_examples
 from kd.errors import UserError, WorkFailedError
 from kd.io.files import put_in_place
+from kd.machine.record import write_record
 from kd.machine.stand_in import MadeUp, made_up_weights
 from kd.store.head import HEAD_FOLDER, read_head_manifest
 from kd.store.records import ModelIdentity, Reading
@@ -40,6 +43,7 @@ GIB = 2**30
 DECODE_CPU_S, DECODE_GPU_S = 6.0, 60.0  # about the most that decoding one batch of rows may take
 TRAIN_CPU_S, TRAIN_GPU_S = 4.0, 10.0
 ALL = "all.jsonl"  # all training rows, where train.jsonl has some
+# Who made a store of which nothing is kept: a stand-in's own identity has the checksum of files that are holes.
 NOBODY = ModelIdentity(name="random", revision=None, weights=None, dtype="float16", backend="exllamav2", versions={})
 
 
@@ -63,9 +67,12 @@ class Watched:
                 self.ticks.append((time.perf_counter(), *sizes[number]))
                 yield states
 
-    def intervals(self) -> list[tuple[int, float]]:
-        """Tokens of each forward but the first, and the seconds from the result before it to its own."""
-        return [(tokens, now - before) for (before, *_), (now, tokens, _) in pairwise(self.ticks)]
+    def intervals(self, ended: float) -> list[tuple[int, float]]:
+        """Tokens of each forward but the first, and the seconds from the result before it to its own; each its share
+        longer where not all was done, and on the disk, with the last of them, but when it `ended`."""
+        (first, *_), (last, *_) = self.ticks[0], self.ticks[-1]
+        share = (ended - first) / (last - first) if last > first else 1.0
+        return [(tokens, (now - before) * share) for (before, *_), (now, tokens, _) in pairwise(self.ticks)]
 
 
 class Silent:
@@ -118,9 +125,10 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     """`kd teacher` on some questions: what a forward takes by its tokens, and what stays to be done at its end."""
     from kd.models.load import load_tokenizer, model_folder
     from kd.protocol.reading import readings
-    from kd.teacher.capture import prompt_record, tokenization
+    from kd.teacher.capture import capture_key, prompt_record, tokenization
 
     prompt, rows = task["prompt"], params.teacher.batch_rows
+    key = capture_key(params, prompt)
     tokenizer = load_tokenizer(model_folder(params.teacher.model))
     examples = read_examples(params.artifacts / "data" / "train.jsonl")
     wanted = readings(params.distill, params.prompts[prompt], tokenizer, examples)
@@ -143,7 +151,7 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     work = target.with_name(f"{prompt}.work")
     work.mkdir(parents=True)
     about = (backends.identity(params.teacher), prompt_record(params, prompt), tokenization(tokenizer, params.distill))
-    writer = StoreWriter(work, *about, key="", batch_rows=rows)
+    writer = StoreWriter(work, *about, key=key, batch_rows=rows)
     watched = capture_into(loaded, wanted, rows, writer)
     ended = time.perf_counter()
     writer.finish(read_head_manifest(params.artifacts / "teacher" / HEAD_FOLDER).sha256)
@@ -155,7 +163,7 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
         "measured_s": time.perf_counter() - start + lengths_s,
         "lengths": lengths,
         "shard": writer.shard_examples,
-        "forwards": watched.intervals(),
+        "forwards": watched.intervals(ended),
         "settle_s": settled / len(wanted),
         "store_bytes": sum(path.stat().st_size for path in target.iterdir()) / sum(len(r.token_ids) for r in wanted),
         "gpu_gib": gpu_use(),
@@ -170,9 +178,10 @@ def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
         found = _train_first(params, experiment, weights)
         found["kinds"] = {first: found.pop("kind")}
         start = time.perf_counter()
+        base = found.pop("base")
         for kind, experiment in others:
             _empty_cache()
-            found["kinds"][kind] = _updates(*_beginning(params, experiment)[1:], params)
+            found["kinds"][kind] = _updates(*_beginning(params, experiment, base)[1:], params)
         found["log_s"] = _log_seconds(params.artifacts / "loss")
         found["measured_s"] += time.perf_counter() - start
     return found | {"made_up_s": weights.seconds}
@@ -182,8 +191,9 @@ def _train_first(params: Config, experiment: str, weights: MadeUp) -> dict[str, 
     """All that `kd train` does. `measured_s` is what depends on the number of rows."""
     from kd.distill import checkpoint
     from kd.distill.adapter import save_adapter
-    from kd.distill.train import evaluate
+    from kd.distill.train import evaluate, run_key
 
+    run_key(params, experiment)
     start = time.perf_counter()
     student, step, lesson = _beginning(params, experiment)
     load_s = time.perf_counter() - start - weights.seconds
@@ -197,6 +207,7 @@ def _train_first(params: Config, experiment: str, weights: MadeUp) -> dict[str, 
     shutil.rmtree(work / "checkpoints")
     save_adapter(student, params, experiment, lesson.matches, work)
     return {
+        "base": student.unload(),
         "load_s": load_s,
         "kind": kind,
         "test_row_s": test_s / len(lesson.check),
@@ -206,14 +217,15 @@ def _train_first(params: Config, experiment: str, weights: MadeUp) -> dict[str, 
     }
 
 
-def _beginning(params: Config, experiment: str) -> tuple[Any, Any, Any]:
-    """What `kd train` begins with: the student, its step, and what it learns from."""
-    from kd.distill.adapter import fresh_student
+def _beginning(params: Config, experiment: str, base: Any = None) -> tuple[Any, Any, Any]:
+    """What `kd train` begins with: the student (of `base`, where that is loaded), its step, and what it learns from."""
+    from kd.distill.adapter import add_lora, fresh_student
     from kd.distill.lesson import prepare_lesson
     from kd.distill.step import make_step
 
     lesson = prepare_lesson(params, experiment)
-    student = fresh_student(params, experiment)
+    dropout = params.dropout(experiment)
+    student = add_lora(base, params, dropout).train() if base else fresh_student(params, experiment)
     return student, make_step(student, lesson.head, params.distill), lesson
 
 
@@ -283,6 +295,7 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     from kd.distill.adapter import fresh_student
     from kd.models.load import load_tokenizer, model_folder
 
+    fingerprint.code_sha256("kd.assess.run")  # a part of its key
     tokenizer = load_tokenizer(model_folder(params.student.model))
     start = time.perf_counter()
     with made_up(params.student.model, "transformers") as weights:
@@ -323,9 +336,9 @@ def _wave(model: Any, rows: list[Row], batch_tokens: int, longest: int, ending: 
     budget, limit = (DECODE_GPU_S if gpu else DECODE_CPU_S), rows[0].limit
     ticks = [time.perf_counter()]
     with closing(decode(model, rows, batch_tokens, longest, ending.reached)) as steps:  # type: ignore[type-var]
-        for _ in steps:
+        for ended in steps:
             ticks.append(time.perf_counter())
-            if ticks[-1] - ticks[0] > budget and len(ticks) > 6:
+            if ended or (ticks[-1] - ticks[0] > budget and len(ticks) > 6):
                 break
         used = gpu_use()
     _empty_cache()
@@ -390,12 +403,20 @@ def _timed(work: Callable[[], object]) -> float:
 PARTS = {work.__name__: work for work in (head, teacher, train, assess, rest)}
 
 
+def _done(task: dict[str, Any]) -> dict[str, Any]:
+    """What a task finds; a record is kept of it, as of every command that makes something."""
+    params, began = Config.model_validate(task["params"]), datetime.now().astimezone()
+    found = PARTS[task["part"]](params, task)
+    write_record(params, task["part"], began)
+    return found
+
+
 def main() -> None:
     """Do the task of a file; its result, or why it was refused, comes beside it."""
     file = Path(sys.argv[1])
     task = json.loads(file.read_text())
     try:
-        found = look() if task["part"] == "look" else PARTS[task["part"]](Config.model_validate(task["params"]), task)
+        found = look() if task["part"] == "look" else _done(task)
     except (UserError, WorkFailedError) as error:
         found = {"refused": str(error)}
     except RuntimeError as error:
@@ -403,7 +424,6 @@ def main() -> None:
             raise
         found = {"refused": "out of memory: " + " ".join(str(error).split())[:200], "memory": True}
     found["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    found["whole_s"] = time.time() - task["since"]
     part = file.with_suffix(".part")
     part.write_text(json.dumps(found))
     part.rename(file.with_suffix(".found"))

@@ -36,6 +36,7 @@ from kd.models import hub
 ROWS_CPU, ROWS_GPU = 16, 64  # training rows of a rehearsal
 TEST_ROWS = 32
 OUTLIER = 2.5
+POLL_S = 0.02
 SPEED_BYTES = 2**28  # read from the disk to learn its speed, and hashed
 COMMAND_S = 1.5  # of DVC around each of its stages
 REPORT_S = 2.0  # of `kd report` beside its start
@@ -46,18 +47,25 @@ RANDOM = "Random weights say nothing of results: this is what the experiment tak
 
 @dataclass
 class Stage:
-    """What a stage takes: so many times one process, which run side by side; None where it could not be told."""
+    """What a stage takes: so many processes, `each` by name where they differ, `one_s` on average; `seconds` until all are
+    done, side by side where they can be. None where it could not be told."""
 
     stage: str
     processes: int
     one_s: float | None = None
     seconds: float | None = None
+    each: dict[str, float] = field(default_factory=dict)
     gpu_gib: list[float] = field(default_factory=list)
     memory_gib: float | None = None
     disk_gib: float = 0.0
     fits: bool = True
     why: str | None = None
     note: str = ""
+
+    def take(self, each: dict[str, float], places: int) -> None:
+        """Its processes take so many seconds each, so many of them at a time."""
+        self.each, self.one_s = each, statistics.fmean(each.values())
+        self.seconds = side_by_side(each.values(), places)
 
     def refuse(self, why: str) -> None:
         """It cannot be done on this machine."""
@@ -70,6 +78,7 @@ class Machine:
 
     gpus: list[dict[str, Any]]
     memory_gib: float
+    start_s: float = 0.0  # of a command that does nothing
 
 
 def rehearse(params: Config, price: float | None = None) -> dict[str, Any]:
@@ -185,7 +194,7 @@ def look_around(params: Config, folder: Path) -> Machine:
             f"no GPU is visible, and {params.profile} needs {needed} of {memory:g} GiB; rehearse it where they are "
             "(CUDA_VISIBLE_DEVICES may hide them), or another profile, `kd rehearse --params profiles/mini.yaml`"
         )
-    return Machine(found["gpus"], read_memory() / GIB)
+    return Machine(found["gpus"], read_memory() / GIB, found["whole_s"])
 
 
 class Parts:
@@ -200,7 +209,8 @@ class Parts:
         try:
             for part, options, gpus in tasks:
                 begun.append((part, *self._begin(part, options, gpus, params)))
-            return [self._result(*one) for one in begun]
+            ends = _ends([process for _, _, process in begun])
+            return [self._result(*one, ended) for one, ended in zip(begun, ends, strict=True)]
         finally:
             for _, _, process in begun:
                 if process.poll() is None:
@@ -230,14 +240,26 @@ class Parts:
             start_new_session=True,
         )
 
-    def _result(self, part: str, file: Path, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    def _result(self, part: str, file: Path, process: subprocess.Popen[bytes], ended: float) -> dict[str, Any]:
+        """What a process found; `whole_s` is its seconds from its start to its end."""
         status, found = process.wait(), file.with_suffix(".found")
         if status == -signal.SIGKILL:
             return {"refused": "killed by the system, mostly for lack of memory", "memory": True}
         if status or not found.exists():
             raise WorkFailedError(f"the rehearsal of {part} ended with status {status}; what it said stands above")
         result: dict[str, Any] = json.loads(found.read_text())
-        return result
+        return result | {"whole_s": ended - json.loads(file.read_text())["since"]}
+
+
+def _ends(processes: Sequence[subprocess.Popen[bytes]]) -> list[float]:
+    """Wait for processes; when each ended, in seconds since 1970."""
+    ends: dict[int, float] = {}
+    while len(ends) < len(processes):
+        for process in processes:
+            if process.poll() is not None:
+                ends.setdefault(process.pid, time.time())
+        time.sleep(POLL_S)
+    return [ends[process.pid] for process in processes]
 
 
 class Rehearsal:
@@ -289,11 +311,11 @@ class Rehearsal:
         if self._refused(teacher, found, f"{lower}take GPUs with more memory, or another profile"):
             return None
         fixed = found["whole_s"] - found["made_up_s"] - found["measured_s"]
-        times = []
-        for lengths in found["lengths"].values():
+        each = {}
+        for prompt, lengths in found["lengths"].items():
             forwards = batch_tokens(lengths, found["shard"], rows)
-            times.append(fixed + reckoned(found["forwards"], forwards) + found["settle_s"] * len(lengths))
-        teacher.one_s, teacher.seconds = statistics.fmean(times), sum(times)
+            each[prompt] = fixed + reckoned(found["forwards"], forwards) + found["settle_s"] * len(lengths)
+        teacher.take(each, places=1)
         tokens = sum(map(sum, found["lengths"].values()))
         teacher.disk_gib = tokens * found["store_bytes"] / GIB
         head.disk_gib = _size(self._artifacts("teacher", "head"))
@@ -326,14 +348,14 @@ class Rehearsal:
         if trained is None or self._refused(train, trained, "take a GPU with more memory, or another profile"):
             trained = None
         elif captured or not params.prompts:
-            times = [self._student(trained, adapter.prompt, captured) for adapter in params.adapters.values()]
-            train.one_s, train.seconds = statistics.fmean(times), side_by_side(times, self.places)
-            train.disk_gib = _size(self._artifacts("adapters")) * len(times)
+            each = {name: self._student(trained, one.prompt, captured) for name, one in params.adapters.items()}
+            train.take(each, self.places)
+            train.disk_gib = _size(self._artifacts("adapters")) * len(params.adapters)
         if self._refused(assess, assessed, "take a GPU with more memory, or another profile"):
             return trained, None
         fixed = assessed["whole_s"] - assessed["made_up_s"] - assessed["measured_s"]
-        times = [fixed + _answers(assessed["ways"][way], len(ways[way]["lengths"])) for way in named.values()]
-        assess.one_s, assess.seconds = statistics.fmean(times), side_by_side(times, self.places)
+        answers = [_answers(found, len(way["lengths"])) for way, found in zip(ways, assessed["ways"], strict=True)]
+        assess.take({name: fixed + answers[way] for name, way in named.items()}, self.places)
         return trained, assessed
 
     def _student(self, trained: dict[str, Any], prompt: str | None, captured: dict[str, Any] | None) -> float:
@@ -362,7 +384,7 @@ class Rehearsal:
         stage = Stage("report", 5, note="inputs, prepare, statistics, report, attention, and DVC around all stages")
         if None in (trained, assessed) or (params.prompts and captured is None):
             return stage
-        start, statistics_s = self._start_s(), 0.0
+        start, statistics_s = self.machine.start_s, 0.0
         if captured:
             (found,) = self.parts.do([("rest", {"prompt": self.prompt[0]}, None)], self.task)
             if "refused" not in found:
@@ -486,11 +508,6 @@ class Rehearsal:
 
     def _artifacts(self, *names: str) -> Path:
         return self.folder.joinpath(self.params.artifacts, *names)
-
-    def _start_s(self) -> float:
-        """Seconds that a command takes to begin: what it took to look around."""
-        found = json.loads((self.folder / "look.found").read_text())
-        return float(found["whole_s"])
 
     def _hash_speed(self) -> float:
         """Bytes a second that a store is compared with its checksums at, on this machine's cores."""

@@ -42,17 +42,19 @@ def test_a_stage_takes_about_what_was_forecast(
     assert not Path("artifacts").exists()
     assert [stage["stage"] for stage in found["stages"]] == STAGES
     assert [stage["processes"] for stage in found["stages"]] == [1, 1, 4, 5, 7, 5]
-    assert found["fits"] and found["disk"]["fits"]
+    assert found["fits"]
+    assert found["disk"]["fits"]
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
     assert found["price"] == round(found["seconds"] / 1200, 2)
     assert "say nothing of results" in found["random_weights"]
     train = next(stage for stage in found["stages"] if stage["stage"] == "train")
-    assert train["memory_gib"] > 0.1 and train["gpu_gib"] == []
+    assert train["memory_gib"] > 0.1
+    assert train["gpu_gib"] == []
     for command in (["prepare"], ["head"], ["teacher", "base"]):
         assert main(command) == 0
     start = time.perf_counter()
     run("train", "base-kd")
-    assert 1 / 3 < (time.perf_counter() - start) / train["one_s"] < 3  # other tests run beside it
+    assert 1 / 3 < (time.perf_counter() - start) / train["each"]["base-kd"] < 3  # other tests run beside it
 
 
 def test_what_does_not_fit_exits_1_and_says_what_to_change(
