@@ -47,8 +47,8 @@ RANDOM = "Random weights say nothing of results: this is what the experiment tak
 
 @dataclass
 class Stage:
-    """What a stage takes: so many processes, `each` by name where they differ, `one_s` on average; `seconds` until all are
-    done, side by side where they can be. None where it could not be told."""
+    """What a stage takes: so many processes, `each` by name where they differ, `one_s` on average; `seconds` until all
+    are done, side by side where they can be. None where it could not be told."""
 
     stage: str
     processes: int
@@ -282,7 +282,7 @@ class Rehearsal:
     def stages(self) -> tuple[list[Stage], dict[str, Any], list[str]]:
         """Every stage; the disk; and what was taken for granted."""
         params = self.params
-        head, teacher = Stage("head", 1), Stage("teacher", len(params.prompts))
+        head, teacher = Stage("head", min(1, len(params.prompts))), Stage("teacher", len(params.prompts))
         train, assess = Stage("train", len(params.adapters)), Stage("assess", len(params.experiments))
         captured = self._capture(head, teacher) if params.prompts else None
         trained, assessed = self._students(train, assess, captured)
@@ -382,7 +382,7 @@ class Rehearsal:
         """Everything else: `inputs`, `prepare`, `statistics`, `report`, `attention`, and what DVC does around them."""
         params = self.params
         stage = Stage("report", 5, note="inputs, prepare, statistics, report, attention, and DVC around all stages")
-        if None in (trained, assessed) or (params.prompts and captured is None):
+        if assessed is None or (params.adapters and trained is None) or (params.prompts and captured is None):
             return stage
         start, statistics_s = self.machine.start_s, 0.0
         if captured:
@@ -390,7 +390,8 @@ class Rehearsal:
             if "refused" not in found:
                 statistics_s = found["measured_s"] * len(params.prompts)
                 stage.memory_gib = found["host_gib"]
-        step = max(statistics.fmean(point[1] for point in kind["updates"]) for kind in trained["kinds"].values())
+        kinds = trained["kinds"].values() if trained else []
+        step = max((statistics.fmean(seconds for _, seconds in kind["updates"]) for kind in kinds), default=0.0)
         questions = min(params.attention.questions, params.dataset.test_rows)
         attention = len(params.experiments) * (assessed["load_s"] + questions * step * STEP_SHARE)
         commands = 6 + len(params.prompts) + len(params.adapters) + len(params.experiments)
