@@ -38,25 +38,25 @@ import assess
 import torch
 import train
 from result import write_result
-from teacher import ABOUT, GIB, autosplit, make_questions, peaks, resident, save_tokenizer
+from teacher import ABOUT, GIB, autosplit, make_questions, peaks, resident
 from transformers import LlamaForCausalLM
 
 from kd.config import FolderModel, Teacher
-from kd.machine.random_exl2 import LLAMA_8B, LLAMA_70B, LLAMA_405B, random_weights, write_folder
+from kd.machine.parts import NOBODY, capture_into, gpu_use
+from kd.machine.random_exl2 import random_weights, write_folder
+from kd.machine.shapes import LLAMA_8B, LLAMA_70B, LLAMA_405B
+from kd.machine.stand_in import save_tokenizer
 from kd.models.load import pad_right
 from kd.store.head import HEAD_FOLDER, TeacherHead, read_head_manifest, write_head
-from kd.store.records import ModelIdentity, Reading
+from kd.store.records import Reading
 from kd.store.writer import StoreWriter
 from kd.teacher import backends
 from kd.teacher.backends.exllamav2 import UNORDERED_TOKENS, Stage
-from kd.teacher.capture import fill
 
 SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B, "405b": LLAMA_405B}
 ROWS = (1, 4, 8)
 MANY_ROWS = 32  # more than load_autosplit leaves room for
 LONGEST = 256
-# Its own identity would have the checksum of files that are holes.
-NOBODY = ModelIdentity(name="random", revision=None, weights=None, dtype="float16", backend="exllamav2", versions={})
 KEPT = 6  # forwards whose states are compared
 ROUNDS = 4
 # The paper's work (profiles/paper.yaml).
@@ -229,7 +229,7 @@ def run_fill(loaded: Any, wanted: list[Reading], folder: Path, rows: int, clock:
     """A whole store on the disk."""
     folder.mkdir()
     writer = StoreWriter(folder, NOBODY, *ABOUT, key="", batch_rows=rows)
-    fill(loaded, wanted, writer, list(range(ceil(len(wanted) / writer.shard_examples))), rows, clock)
+    capture_into(loaded, wanted, rows, writer, clock)
     writer.finish(None)
 
 
@@ -376,9 +376,7 @@ def batches(rows: int) -> Iterator[list[list[int]]]:
 
 def used() -> list[float]:
     """GiB in use on each GPU, this process' and all others'."""
-    synchronize()
-    found = [torch.cuda.mem_get_info(gpu) for gpu in all_gpus()]
-    return [round((there - free) / GIB, 2) for free, there in found]
+    return [round(gib, 2) for gib in gpu_use()]
 
 
 def synchronize() -> None:

@@ -32,6 +32,7 @@ from kd.config import FolderModel, Teacher
 from kd.data.miniature import problems
 from kd.distill.objective import reverse_kl
 from kd.io.progress import progress
+from kd.machine.stand_in import save_tokenizer
 from kd.models.load import encode, load_model, load_tokenizer
 from kd.paper import PROMPTS
 from kd.store.head import HEAD_FOLDER, TeacherHead, read_head_manifest, write_head
@@ -140,16 +141,6 @@ def make_llama(folder: Path, size: Size) -> None:
         model = LlamaForCausalLM(config).half()
     model.save_pretrained(folder)
     save_tokenizer(folder, size.llama["vocab_size"])
-
-
-def save_tokenizer(folder: Path, vocabulary: int) -> None:
-    """A tokenizer of so many words, which are numbers."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<s>": 0, "</s>": 1} | {str(number): number for number in range(2, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
 def make_questions(count: int, vocabulary: int) -> list[Reading]:

@@ -51,6 +51,7 @@ Beside them:
   kd data fetch && kd audit  the paper's own logs, scored again
   kd students                all students and assessments side by side, one a GPU, after what they need
   kd doctor                  has this machine what the profile needs?
+  kd rehearse --price 12     what the profile takes here: memory, disk, time, money
   kd models fetch            the profile's teacher and student from the Hub, resumable
   kd search teacher-kd       alpha and T by Bayesian search
   kd measure teacher-kd      how well it predicts the test answers, and how far it is from its teacher
@@ -163,6 +164,18 @@ def _add_stages(commands: Any) -> None:
     assess.add_argument("--json", action="store_true", help="with --compare, print one JSON document")
     doctor = stage("doctor", _doctor, "check whether this machine has what the profile needs")
     doctor.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+    rehearse = stage(
+        "rehearse",
+        _rehearse,
+        "what the experiment takes on this machine, tried on random weights of its models' shapes",
+    )
+    rehearse.description = (
+        "Does a part of every stage's work by the stage's own code, on random weights of the models' shapes (nothing "
+        "is downloaded but a config.json that is not known), and reckons memory, disk, time and price of the whole. It "
+        "says nothing of results. Exit status 1 where something does not fit."
+    )
+    rehearse.add_argument("--price", metavar="P", type=_price, help="of an hour of this machine, in any currency")
+    rehearse.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     statistics = stage("statistics", _statistics, "measure how sure the teacher is behind each prompt", "statistics")
     statistics.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     search = stage(
@@ -412,6 +425,14 @@ def _doctor(config: Config, options: argparse.Namespace) -> None:
     insist(checks)
 
 
+def _rehearse(config: Config, options: argparse.Namespace) -> None:
+    from kd.machine.rehearse import insist, rehearse, text
+
+    document = rehearse(config, options.price)
+    _print(_json(document) if options.json else text(document))
+    insist(document)
+
+
 def _statistics(config: Config, options: argparse.Namespace) -> None:
     from kd.analysis.certainty import measure_prompts
     from kd.report.tables import aligned, prompt_rows
@@ -602,6 +623,17 @@ def _students(options: argparse.Namespace) -> None:
     params = Path("params.yaml")
     _insist_on_checkout(params)
     run(load_config(params), options.jobs)
+
+
+def _price(text: str) -> float:
+    """A number from 0 up given on the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up, such as 12.5, found {text!r}")
+    return value
 
 
 def _minutes(text: str) -> float:

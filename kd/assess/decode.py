@@ -69,9 +69,7 @@ def decode(
         raise UserError(f"{type(model).__name__}: batched decoding knows Llama alone; use `kd assess … --exact`")
     waiting = deque(sorted(rows, key=_longest_first))
     length = ceil(length / ALIGNMENT) * ALIGNMENT
-    slots = max(1, batch_tokens // length)
-    if model.device.type == "cuda":
-        slots = max(1, min(slots, len(waiting), _room(model, length)))
+    slots = slot_count(model, len(waiting), batch_tokens, length)
     active: dict[int, Row] = {}
     while waiting:
         if (yield from _until_out_of_memory(model, slots, length, waiting, active, ended)):
@@ -87,6 +85,15 @@ def decode(
             row.failure = "out of GPU memory, alone on it"
             yield [row]
         slots = max(1, slots // 2)
+
+
+def slot_count(model: Any, rows: int, batch_tokens: int, length: int) -> int:
+    """How many of so many rows of `length` positions are continued at a time."""
+    length = ceil(length / ALIGNMENT) * ALIGNMENT
+    slots = max(1, batch_tokens // length)
+    if model.device.type == "cuda":
+        slots = max(1, min(slots, rows, _room(model, length)))
+    return slots
 
 
 def _until_out_of_memory(

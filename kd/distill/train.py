@@ -52,7 +52,7 @@ def train(config: Config, experiment: str) -> None:
         student = fresh_student(config, experiment)
         step = make_step(student, lesson.head, config.distill)
         curve = checkpoint.load(checkpoints, step.descent)
-        with _loss_curve(work / LOSS_FOLDER, curve) as log:
+        with loss_curve(work / LOSS_FOLDER, curve) as log:
             bar = progress(
                 _descend(step, lesson, config.distill, curve, checkpoints),
                 f"train, {experiment}",
@@ -194,7 +194,7 @@ def _on_host(losses: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | Non
 
 
 @contextmanager
-def _loss_curve(folder: Path, curve: list[Record]) -> Iterator[Any]:
+def loss_curve(folder: Path, curve: list[Record]) -> Iterator[Any]:
     """dvclive's files in `folder`, begun anew with `curve`; yields what adds a record."""
     from dvclive import Live
 

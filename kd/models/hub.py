@@ -140,6 +140,12 @@ def check_access(source: Repository) -> None:
         _get(source, _address(source, "config.json") if isinstance(source, HubModel) else what, stream=True).close()
 
 
+def read_small(model: HubModel, name: str) -> str:
+    """One small text file of a model, from the Hub; it is not kept."""
+    with _explained(f"{model.name}/{name}"):
+        return _get(model, _address(model, name)).text
+
+
 def _hub_file(row: dict[str, Any]) -> HubFile:
     """One row of the Hub's listing; ValueError, LookupError or TypeError where it is not one."""
     size, checksum = (row["lfs"]["size"], row["lfs"]["sha256"]) if row.get("lfs") else (row["size"], row["blobId"])

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from kd.cli import main
 from kd.config import Teacher
 from kd.data.rows import read_examples
-from kd.machine.random_exl2 import LLAMA_8B, Shape, random_tensor, random_weights, tensors, write_folder
+from kd.machine.random_exl2 import random_tensor, random_weights, tensors, write_folder
+from kd.machine.shapes import LLAMA_8B, Shape
 from kd.models.load import load_tokenizer, pad_right
 from kd.models.settings import read_settings
 from kd.models.weights import EMBEDDING

@@ -1,0 +1,433 @@
+"""Parts of an experiment, done by the stages' own code on stand-ins for its models, and measured.
+
+A part is a process of its own, as a stage is: `python -m kd.machine.parts TASK.json`, in a folder that has the rows
+and the stand-ins. It writes what it found beside its task. benchmarks/paper.py measures captures and heads by the
+same functions.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from datetime import datetime
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd import fingerprint
+from kd.config import Config, FolderModel
+from kd.data.rows import read_examples
+from kd.errors import UserError, WorkFailedError
+from kd.io.files import put_in_place
+from kd.machine.record import write_record
+from kd.machine.stand_in import MadeUp, made_up_weights
+from kd.store.head import HEAD_FOLDER, read_head_manifest
+from kd.store.records import ModelIdentity, Reading
+from kd.store.writer import StoreWriter
+from kd.teacher import backends
+from kd.teacher.capture import fill
+
+if TYPE_CHECKING:
+    import torch
+
+    from kd.assess.decode import Row
+
+GIB = 2**30
+DECODE_CPU_S, DECODE_GPU_S = 6.0, 60.0  # about the most that decoding one batch of rows may take
+TRAIN_CPU_S, TRAIN_GPU_S = 4.0, 10.0
+ALL = "all.jsonl"  # all training rows, where train.jsonl has some
+# Who made a store of which nothing is kept: a stand-in's own identity has the checksum of files that are holes.
+NOBODY = ModelIdentity(name="random", revision=None, weights=None, dtype="float16", backend="exllamav2", versions={})
+
+
+class Watched:
+    """A teacher whose forwards are noted: when each came, and of how many tokens it was, padding included."""
+
+    def __init__(self, teacher: backends.LoadedTeacher) -> None:
+        self.teacher = teacher
+        self.ticks: list[tuple[float, int, int]] = []  # seconds, tokens, questions
+
+    def states(self, batches: Iterable[list[list[int]]]) -> Generator[list[torch.Tensor], None, None]:
+        sizes: list[tuple[int, int]] = []
+
+        def noted() -> Generator[list[list[int]], None, None]:
+            for batch in batches:
+                sizes.append((len(batch) * max(map(len, batch)), len(batch)))
+                yield batch
+
+        with closing(self.teacher.states(noted())) as stream:
+            for number, states in enumerate(stream):
+                self.ticks.append((time.perf_counter(), *sizes[number]))
+                yield states
+
+    def intervals(self, ended: float) -> list[tuple[int, float]]:
+        """Tokens of each forward but the first, and the seconds from the result before it to its own; each its share
+        longer where not all was done, and on the disk, with the last of them, but when it `ended`."""
+        (first, *_), (last, *_) = self.ticks[0], self.ticks[-1]
+        share = (ended - first) / (last - first) if last > first else 1.0
+        return [(tokens, (now - before) * share) for (before, *_), (now, tokens, _) in pairwise(self.ticks)]
+
+
+class Silent:
+    """In the place of a progress bar."""
+
+    def update(self, count: int = 1) -> None:
+        """Nothing."""
+
+
+def capture_into(
+    teacher: backends.LoadedTeacher, wanted: list[Reading], rows: int, writer: StoreWriter, bar: Any = None
+) -> Watched:
+    """Let a loaded teacher read all of `wanted`, `rows` a forward, as `kd teacher` does it."""
+    watched = Watched(teacher)
+    shards = list(range(ceil(len(wanted) / writer.shard_examples)))
+    fill(watched, wanted, writer, shards, rows, bar or Silent())
+    return watched
+
+
+def gpu_use() -> list[float]:
+    """GiB in use on each GPU, this process' and all others'."""
+    import torch
+
+    found = []
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(gpu)
+        free, there = torch.cuda.mem_get_info(gpu)
+        found.append((there - free) / GIB)
+    return found
+
+
+def look() -> dict[str, Any]:
+    """The GPUs of this machine."""
+    import torch
+
+    found = [torch.cuda.get_device_properties(gpu) for gpu in range(torch.cuda.device_count())]
+    return {"gpus": [{"name": gpu.name, "gib": gpu.total_memory / GIB} for gpu in found]}
+
+
+def head(params: Config, _: dict[str, Any]) -> dict[str, Any]:
+    """`kd head`."""
+    from kd.teacher.capture import keep_head
+
+    with made_up(params.teacher.model, params.teacher.backend) as weights:
+        keep_head(params)
+    return {"made_up_s": weights.seconds, "gpu_gib": gpu_use()}
+
+
+def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
+    """`kd teacher` on some questions: what a forward takes by its tokens, and what stays to be done at its end."""
+    from kd.models.load import load_tokenizer, model_folder
+    from kd.protocol.reading import readings
+    from kd.teacher.capture import capture_key, prompt_record, tokenization
+
+    prompt, rows = task["prompt"], params.teacher.batch_rows
+    key = capture_key(params, prompt)
+    tokenizer = load_tokenizer(model_folder(params.teacher.model))
+    examples = read_examples(params.artifacts / "data" / "train.jsonl")
+    wanted = readings(params.distill, params.prompts[prompt], tokenizer, examples)
+    start = time.perf_counter()
+    everything = read_examples(params.artifacts / "data" / ALL)
+    lengths = {
+        name: [len(reading.token_ids) for reading in readings(params.distill, text, tokenizer, everything)]
+        for name, text in params.prompts.items()
+    }
+    most, lengths_s = max(map(max, lengths.values())), time.perf_counter() - start
+    start = time.perf_counter()
+    with made_up(params.teacher.model, params.teacher.backend) as weights:
+        loaded = backends.load(params.teacher, most)
+    load_s = time.perf_counter() - start - weights.seconds
+    start = time.perf_counter()
+    longest = [[2 + i % 7 for i in range(most)]] * rows
+    for _ in loaded.states([longest]):  # warms up, and takes as much memory as any other
+        pass
+    target = params.artifacts / "teacher" / prompt
+    work = target.with_name(f"{prompt}.work")
+    work.mkdir(parents=True)
+    about = (backends.identity(params.teacher), prompt_record(params, prompt), tokenization(tokenizer, params.distill))
+    writer = StoreWriter(work, *about, key=key, batch_rows=rows)
+    watched = capture_into(loaded, wanted, rows, writer)
+    ended = time.perf_counter()
+    writer.finish(read_head_manifest(params.artifacts / "teacher" / HEAD_FOLDER).sha256)
+    put_in_place(work, target)
+    settled = time.perf_counter() - ended
+    return {
+        "made_up_s": weights.seconds,
+        "load_s": load_s,
+        "measured_s": time.perf_counter() - start + lengths_s,
+        "lengths": lengths,
+        "shard": writer.shard_examples,
+        "forwards": watched.intervals(ended),
+        "settle_s": settled / len(wanted),
+        "store_bytes": sum(path.stat().st_size for path in target.iterdir()) / sum(len(r.token_ids) for r in wanted),
+        "gpu_gib": gpu_use(),
+    }
+
+
+def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
+    """`kd train` on some rows, for each kind of student: what an update takes by its tokens, and a graph's recording;
+    and what stays to be done once, or for each test row, checkpoint and update."""
+    with made_up(params.student.model, "transformers") as weights:
+        (first, experiment), *others = task["kinds"].items()
+        found = _train_first(params, experiment, weights)
+        found["kinds"] = {first: found.pop("kind")}
+        start = time.perf_counter()
+        base = found.pop("base")
+        for kind, experiment in others:
+            _empty_cache()
+            found["kinds"][kind] = _updates(*_beginning(params, experiment, base)[1:], params)
+        found["log_s"] = _log_seconds(params.artifacts / "loss")
+        found["measured_s"] += time.perf_counter() - start
+    return found | {"made_up_s": weights.seconds}
+
+
+def _train_first(params: Config, experiment: str, weights: MadeUp) -> dict[str, Any]:
+    """All that `kd train` does. `measured_s` is what depends on the number of rows."""
+    from kd.distill import checkpoint
+    from kd.distill.adapter import save_adapter
+    from kd.distill.train import evaluate, run_key
+
+    run_key(params, experiment)
+    start = time.perf_counter()
+    student, step, lesson = _beginning(params, experiment)
+    load_s = time.perf_counter() - start - weights.seconds
+    work = params.artifacts / "adapters" / experiment
+    work.mkdir(parents=True)
+    start = time.perf_counter()
+    kind = _updates(step, lesson, params)
+    test_s = _timed(lambda: evaluate(student.get_base_model(), lesson.check, None, None, params.distill))
+    checkpoint_s = _timed(lambda: checkpoint.save(work / "checkpoints", step.descent, []))
+    measured_s, used = time.perf_counter() - start, gpu_use()
+    shutil.rmtree(work / "checkpoints")
+    save_adapter(student, params, experiment, lesson.matches, work)
+    return {
+        "base": student.unload(),
+        "load_s": load_s,
+        "kind": kind,
+        "test_row_s": test_s / len(lesson.check),
+        "checkpoint_s": checkpoint_s,
+        "measured_s": measured_s,
+        "gpu_gib": used,
+    }
+
+
+def _beginning(params: Config, experiment: str, base: Any = None) -> tuple[Any, Any, Any]:
+    """What `kd train` begins with: the student (of `base`, where that is loaded), its step, and what it learns from."""
+    from kd.distill.adapter import add_lora, fresh_student
+    from kd.distill.lesson import prepare_lesson
+    from kd.distill.step import make_step
+
+    lesson = prepare_lesson(params, experiment)
+    dropout = params.dropout(experiment)
+    student = add_lora(base, params, dropout).train() if base else fresh_student(params, experiment)
+    return student, make_step(student, lesson.head, params.distill), lesson
+
+
+def _updates(step: Any, lesson: Any, params: Config) -> dict[str, Any]:
+    """Rounds over the lesson: tokens and seconds of each update but the first ones, and the seconds of a recording;
+    and the tokens of all updates, and the recordings, of the whole stage."""
+    from kd.distill.step import GraphStep
+    from kd.distill.train import descend
+
+    settings, matches = params.distill, lesson.matches.kept
+    batches, sizes = _batched(matches, settings.batch_rows)
+    all_batches, all_sizes = _batched(_all_matches(params, lesson), settings.batch_rows)
+    graphs = isinstance(step, GraphStep)
+    budget, rounds = (TRAIN_GPU_S, 64) if graphs else (TRAIN_CPU_S, 3)
+    endless = settings.model_copy(update={"epochs": rounds})
+    ticks = [time.perf_counter()]
+    with closing(descend(step, matches, lesson.states, endless)) as records:  # type: ignore[type-var]
+        for _ in records:
+            ticks.append(time.perf_counter())
+            whole = len(ticks) - 1 >= (2 * len(batches) if graphs else 4)
+            if whole and ticks[-1] - ticks[0] > budget:
+                break
+    times = [later - earlier for earlier, later in pairwise(ticks)]
+    first = len(batches) if graphs else 1
+    steady = [(sizes[i % len(sizes)], seconds) for i, seconds in enumerate(times) if i >= first]
+    shapes = {shape_of(batch, step.bucket) for batch in batches}
+    again = statistics.fmean(seconds for _, seconds in steady) if steady else times[0]
+    recording = max(0.0, sum(times[:first]) - first * again) / len(shapes) if graphs else 0.0
+    return {
+        "updates": steady or [(sizes[0], times[0])],
+        "recording_s": recording,
+        "all": all_sizes,
+        "recordings": len({shape_of(batch, step.bucket) for batch in all_batches}) if graphs else 0,
+    }
+
+
+def _batched(matches: list[Any], rows: int) -> tuple[list[list[Any]], list[int]]:
+    """What makes an update each, and its tokens."""
+    batches = [matches[i : i + rows] for i in range(0, len(matches), rows)]
+    return batches, [sum(len(match.input_ids) + len(match.labels) for match in batch) for batch in batches]
+
+
+def _all_matches(params: Config, lesson: Any) -> list[Any]:
+    """What `lesson` would be of all rows."""
+    from kd.models.load import load_tokenizer, model_folder
+    from kd.protocol.alignment import match_examples
+    from kd.protocol.reading import readings
+
+    tokenizer, settings = load_tokenizer(model_folder(params.student.model)), params.distill
+    everything = read_examples(params.artifacts / "data" / ALL)
+    text = lesson.store.manifest.prompt.text if lesson.store else ""
+    stored = readings(settings, text, tokenizer, everything) if lesson.store else None
+    return match_examples(settings.protocol, everything, tokenizer, settings.max_tokens, stored, settings.quirks).kept
+
+
+def shape_of(batch: Sequence[Any], bucket: int) -> tuple[int, int, int]:
+    """Which CUDA graph an update needs (kd/distill/step.py)."""
+    width = max(len(match.input_ids) for match in batch)
+    height = sum(len(match.labels) for match in batch)
+    return len(batch), ceil(width / bucket), ceil(height / (bucket * len(batch)))
+
+
+def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
+    """`kd assess`: what reading and continuing a full batch of rows takes, and what the last rows take."""
+    from kd.assess.decode import Row, slot_count
+    from kd.assess.generate import Ending
+    from kd.distill.adapter import fresh_student
+    from kd.models.load import load_tokenizer, model_folder
+
+    fingerprint.code_sha256("kd.assess.run")  # a part of its key
+    tokenizer = load_tokenizer(model_folder(params.student.model))
+    start = time.perf_counter()
+    with made_up(params.student.model, "transformers") as weights:
+        student = fresh_student(params, task["experiment"]) if task["experiment"] else _bare(params)
+        student = student.merge_and_unload().eval() if task["experiment"] else student
+    load_s = time.perf_counter() - start - weights.seconds
+    start, ways = time.perf_counter(), []
+    gpu = student.device.type == "cuda"
+    used = gpu_use()
+    for way in task["ways"]:
+        lengths, limit = way["lengths"], way["limit"]
+        longest = max(lengths) + limit
+        slots = slot_count(student, len(lengths), params.assess.batch_tokens, longest)
+        waves = []
+        for count in (slots, len(lengths) % slots):
+            if not count or count > len(lengths):
+                continue
+            step = len(lengths) / count
+            chosen = [sorted(lengths)[int((i + 0.5) * step)] for i in range(count)]
+            rows = [Row(i, [2 + j % 11 for j in range(length)], limit) for i, length in enumerate(chosen)]
+            ending = Ending(tokenizer, frozenset(), way["stop"])
+            waves.append(_wave(student, rows, params.assess.batch_tokens, longest, ending, gpu))
+            used = list(map(max, used, waves[-1].pop("gpu_gib")))
+        ways.append({"slots": slots, "full": waves[0], "last": waves[1] if len(waves) > 1 else None})
+    return {
+        "made_up_s": weights.seconds,
+        "load_s": load_s,
+        "measured_s": time.perf_counter() - start,
+        "ways": ways,
+        "gpu_gib": used,
+    }
+
+
+def _wave(model: Any, rows: list[Row], batch_tokens: int, longest: int, ending: Any, gpu: bool) -> dict[str, Any]:
+    """Seconds of rows that begin and end together: the first time, and again when CUDA graphs are recorded."""
+    from kd.assess.decode import decode
+
+    budget, limit = (DECODE_GPU_S if gpu else DECODE_CPU_S), rows[0].limit
+    ticks = [time.perf_counter()]
+    with closing(decode(model, rows, batch_tokens, longest, ending.reached)) as steps:  # type: ignore[type-var]
+        for ended in steps:
+            ticks.append(time.perf_counter())
+            if ended or (ticks[-1] - ticks[0] > budget and len(ticks) > 6):
+                break
+        used = gpu_use()
+    _empty_cache()
+    reading, *times = [later - earlier for earlier, later in pairwise(ticks)]
+    left = max(0, limit - 1 - len(times))
+    times += left * [statistics.median(times[-max(3, len(times) // 4) :])] if times else []
+    usual = statistics.median(times) if times else 0.0
+    again = reading + sum(min(seconds, 2 * usual) for seconds in times)
+    return {"seconds": reading + sum(times), "again_s": again, "measured_steps": limit - 1 - left, "gpu_gib": used}
+
+
+def rest(params: Config, task: dict[str, Any]) -> dict[str, Any]:
+    """`kd statistics` of the store that is here."""
+    from kd.analysis.certainty import measure_prompts
+
+    start = time.perf_counter()
+    measure_prompts(params.model_copy(update={"prompts": {task["prompt"]: params.prompts[task["prompt"]]}}))
+    return {"measured_s": time.perf_counter() - start}
+
+
+def made_up(model: Any, backend: str) -> Any:
+    """Random weights for a stand-in."""
+    assert isinstance(model, FolderModel)
+    return made_up_weights(model.folder, backend)
+
+
+def _bare(params: Config) -> Any:
+    from kd.models.adapters import load_student
+    from kd.models.load import default_device, model_folder
+
+    return load_student(model_folder(params.student.model), params.student.dtype, None, default_device())
+
+
+def _log_seconds(folder: Path) -> float:
+    """What the loss curve takes an update."""
+    from kd.distill.checkpoint import Record
+    from kd.distill.train import loss_curve
+
+    start = time.perf_counter()
+    with loss_curve(folder, []) as log:
+        for number in range(1, 51):
+            log(Record(number, [], 1.0, 1.0, 1.0, 1.0))
+    return (time.perf_counter() - start) / 50
+
+
+def _empty_cache() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+PARTS = {work.__name__: work for work in (head, teacher, train, assess, rest)}
+
+
+def _done(task: dict[str, Any]) -> dict[str, Any]:
+    """What a task finds; a record is kept of it, as of every command that makes something."""
+    params, began = Config.model_validate(task["params"]), datetime.now().astimezone()
+    found = PARTS[task["part"]](params, task)
+    write_record(params, task["part"], began)
+    return found
+
+
+def main() -> None:
+    """Do the task of a file; its result, or why it was refused, comes beside it."""
+    file = Path(sys.argv[1])
+    task = json.loads(file.read_text())
+    try:
+        found = look() if task["part"] == "look" else _done(task)
+    except (UserError, WorkFailedError) as error:
+        found = {"refused": str(error)}
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        found = {"refused": "out of memory: " + " ".join(str(error).split())[:200], "memory": True}
+    found["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(found))
+    part.rename(file.with_suffix(".found"))
+
+
+if __name__ == "__main__":
+    main()

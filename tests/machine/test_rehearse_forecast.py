@@ -1,0 +1,176 @@
+"""`kd rehearse`: its forecast beside the stages themselves, what it refuses, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import run
+from conftest import REPOSITORY, environment
+
+from kd import config
+from kd.cli import main
+from kd.machine import rehearse
+from kd.machine.lengths import batch_tokens, gsm8k_lengths, spread
+from kd.machine.random_exl2 import bits_of
+from kd.machine.shapes import EXL2, LLAMA_1B, LLAMA_405B, llama_config, settings_of
+from kd.machine.stand_in import write_stand_in
+from kd.models import hub
+from kd.models.check import check_folder
+
+STAGES = ["weights", "head", "teacher", "train", "assess", "report"]
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
+
+def test_a_stage_takes_about_what_was_forecast(
+    tiny_params: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_params["dataset"] |= {"train_rows": 40}
+    write_params(tiny_params)
+    assert main(["rehearse", "--json", "--price", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not Path("artifacts").exists()
+    assert [stage["stage"] for stage in found["stages"]] == STAGES
+    assert [stage["processes"] for stage in found["stages"]] == [1, 1, 4, 5, 7, 5]
+    assert found["fits"]
+    assert found["disk"]["fits"]
+    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
+    assert found["price"] == round(found["seconds"] / 1200, 2)
+    assert "say nothing of results" in found["random_weights"]
+    train = next(stage for stage in found["stages"] if stage["stage"] == "train")
+    assert train["memory_gib"] > 0.1
+    assert train["gpu_gib"] == []
+    for command in (["prepare"], ["head"], ["teacher", "base"]):
+        assert main(command) == 0
+    start = time.perf_counter()
+    run("train", "base-kd")
+    assert 1 / 3 < (time.perf_counter() - start) / train["each"]["base-kd"] < 3  # other tests run beside it
+
+
+def test_what_does_not_fit_exits_1_and_says_what_to_change(
+    tiny_params: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rehearse, "read_memory", lambda: 1000)
+    write_params(tiny_params)
+    assert main(["rehearse"]) == 1
+    said = capsys.readouterr()
+    assert "unknown" in said.out
+    assert "train: its weights take 0.0 GiB, and memory has 0.0; take a machine with more" in said.err
+    assert not Path("artifacts").exists()
+
+
+def test_the_paper_without_a_gpu_exits_1_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["rehearse", "--params", str(REPOSITORY / "profiles" / "paper.yaml")]) == 1
+    assert "kd: no GPU is visible, and paper needs 4 of 90 GiB; rehearse it where they are" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_its_processes_and_leaves_nothing(
+    tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+) -> None:
+    write_params(tiny_params)
+    command = [sys.executable, "-m", "kd.cli", "rehearse"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert any("rehearse: head" in line for line in process.stderr)
+    (folder,) = Path("artifacts").glob(".rehearse-*")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not Path("artifacts").exists()
+    working = {link for pid in filter(str.isdecimal, os.listdir("/proc")) if (link := working_folder(pid))}  # noqa: PTH208
+    assert str(folder.absolute()) not in working
+
+
+def working_folder(pid: str) -> str | None:
+    try:
+        return str(Path("/proc", pid, "cwd").readlink()).removesuffix(" (deleted)")
+    except OSError:
+        return None
+
+
+@pytest.mark.parametrize("price", ["much", "-1", "inf"])
+def test_a_price_that_is_none_exits_2(price: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["rehearse", "--price", price])
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize("profile", ["mini", "mini-published", "single-gpu", "paper"])
+def test_every_profiles_models_are_known_and_stand_in_for_themselves(
+    profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "_get", lambda *_, **__: pytest.fail("nothing is to be fetched"))
+    params = config.load_config(REPOSITORY / "profiles" / f"{profile}.yaml")
+    for role in ("teacher", "student"):
+        folder = tmp_path / role
+        document = settings_of(getattr(params, role).model)
+        size = write_stand_in(folder, document)
+        settings, _, quantized = check_folder(folder)
+        assert settings.vocab_size == document["vocab_size"]
+        assert quantized == (getattr(params, role).backend == "exllamav2" if role == "teacher" else False)
+        assert sum(path.stat().st_blocks * 512 for path in folder.glob("*.safetensors")) < size / 10
+
+
+def test_a_model_of_unknown_shape_without_a_network_is_asked_for_in_one_sentence(
+    tiny_params: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = {"source": "hub", "name": "some/model", "revision": "0" * 40}
+    tiny_params["student"]["model"] = model
+    write_params(tiny_params)
+    assert main(["rehearse"]) == 2
+    path = hub.snapshot(config.HubModel.model_validate(model)) / "config.json"
+    assert f"or put its config.json at {path}" in capsys.readouterr().err
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(llama_config(LLAMA_1B, "bfloat16")))
+    assert settings_of(config.HubModel.model_validate(model))["num_hidden_layers"] == 16
+
+
+def test_bits_are_those_of_the_models_own_settings() -> None:
+    assert bits_of(llama_config(LLAMA_405B, "float16", EXL2)) == (6, 8)
+    assert bits_of(llama_config(LLAMA_405B, "float16", EXL2 | {"bits": 4.25, "head_bits": 6})) == (5, 6)
+
+
+def test_a_whole_is_reckoned_by_the_lengths_of_all_rows() -> None:
+    points = [(size, 2 + 0.5 * size) for size in (4, 8, 20)]
+    assert rehearse.reckoned(points, [10, 30]) == pytest.approx(4 + 20)
+    assert rehearse.reckoned([*points, (8, 900.0)], [10, 30]) == pytest.approx(4 + 20)  # something else's doing
+    assert rehearse.reckoned([(10, 2.0)], [10, 30]) == pytest.approx(4)
+    assert rehearse.reckoned([(10, 3.0), (20, 2.0)], [10, 30]) == pytest.approx(5)
+
+
+def test_what_runs_side_by_side_takes_as_long_as_the_fullest_place() -> None:
+    assert rehearse.side_by_side([2.0] * 5, 4) == 4
+    assert rehearse.side_by_side([2.0] * 5, 1) == 10
+    assert rehearse.side_by_side([3.0, 1.0, 1.0, 1.0], 2) == 3
+
+
+def test_a_sample_has_the_lengths_of_all_rows_and_the_longest() -> None:
+    lengths = gsm8k_lengths(2638, "main")
+    chosen = spread(lengths, 64)
+    assert max(map(sum, chosen)) == max(map(sum, lengths))
+    means = [sum(map(sum, rows)) / len(rows) for rows in (lengths, chosen)]
+    assert means[0] == pytest.approx(means[1], rel=0.03)
+    assert batch_tokens([5, 9, 7, 2, 3], shard=3, rows=2) == [18, 5, 6]
