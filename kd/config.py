@@ -51,12 +51,14 @@ class Params(BaseModel):
 
 
 class MiniatureDataset(Params):
-    """Grade-school problems from our own seeded generator, in GSM8K's schema."""
+    """Grade-school problems from our own seeded generator, in GSM8K's schema; `steps` are the lengths of their
+    solutions, the short ones more often than the long."""
 
     source: Literal["miniature"]
     answers: Literal["main", "socratic"]
     train_rows: Count
     test_rows: Count
+    steps: list[Annotated[int, Field(ge=1, le=3)]] = Field(default=[1, 2, 3], min_length=1)
 
 
 class FolderDataset(Params):

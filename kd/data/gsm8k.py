@@ -49,7 +49,7 @@ def _load(dataset: config.Dataset, seed: int) -> dict[str, list[Example]]:
 
 
 def _miniature(dataset: config.MiniatureDataset, seed: int) -> dict[str, list[Example]]:
-    problems = miniature.problems(dataset.train_rows + dataset.test_rows, seed)
+    problems = miniature.problems(dataset.train_rows + dataset.test_rows, seed, dataset.steps)
     rows = [
         (p.question, p.main_answer, p.main_answer if dataset.answers == "main" else p.socratic_answer) for p in problems
     ]

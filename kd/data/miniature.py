@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -52,12 +52,13 @@ _OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
 _CALCULATION = re.compile(r"(\$?)\[(\w)=(\w+)([-+*/])(\w+)\]")
 
 
-def problems(count: int, seed: int) -> list[Problem]:
-    """`count` problems without a repeated question, the same ones for the same seed on every machine."""
+def problems(count: int, seed: int, steps: Collection[int] = (1, 2, 3)) -> list[Problem]:
+    """`count` problems of as many `steps` without a repeated question, the same ones for the same seed on every
+    machine."""
     draw = random.Random(seed)
     found: dict[str, Problem] = {}
     # Short problems come more often: a 135M-parameter student solves hardly any of the long ones.
-    pool = [template for template in TEMPLATES for _ in range(4 - len(template.steps))]
+    pool = [template for template in TEMPLATES if len(template.steps) in steps for _ in range(4 - len(template.steps))]
     while len(found) < count:
         for template in draw.sample(pool, len(pool)):
             problem = _problem(template, draw)
