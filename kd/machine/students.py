@@ -22,7 +22,7 @@ from pathlib import Path
 from kd.config import Config
 from kd.errors import UserError, WorkFailedError
 from kd.io.distributed import LAUNCHED, gpu_names
-from kd.machine.probe import GIB, read_gpus, read_memory
+from kd.machine.probe import GIB, read_memory
 from kd.models.load import model_folder
 from kd.models.weights import WEIGHTS
 
@@ -66,7 +66,7 @@ def run(config: Config, jobs: int | None) -> None:
     `jobs` at a time (None: as many as there are GPUs, or cores, and memory to load students). WorkFailedError names
     what failed, once all else is done.
     """
-    names = gpu_names(len(read_gpus()))
+    names = gpu_names(_count_gpus())
     needs = _read_needs(GROUPS if names else ON_A_CPU)
     if jobs and names and jobs > len(names):
         raise UserError(f"--jobs {jobs}: every student has a GPU and {len(names)} are visible; give at most that many")
@@ -83,6 +83,12 @@ def run(config: Config, jobs: int | None) -> None:
         raise WorkFailedError(f"{', '.join(failed)} failed{behind}; mend what is said above, then: {KEPT}")
 
 
+def _count_gpus() -> int:
+    """How many GPUs torch sees; by a process of its own, for torch would stay in this one's memory all along."""
+    counted = "from kd.machine.probe import read_gpus; print(len(read_gpus()))"
+    return int(subprocess.run([sys.executable, "-c", counted], check=True, capture_output=True, text=True).stdout)
+
+
 def _read_needs(groups: Collection[str]) -> dict[str, set[str]]:
     """The stages of `groups`, those that others wait for first, and of each the stages whose results it reads."""
     edges = [edge for edge in EDGE.findall(_asked("dag", "--dot")) if edge[1].partition("@")[0] in groups]
@@ -93,7 +99,7 @@ def _read_needs(groups: Collection[str]) -> dict[str, set[str]]:
 
 def _outdated(needs: Mapping[str, set[str]]) -> dict[str, set[str]]:
     """Those of the stages that DVC would run: what is changed for them, or will be once those they need have run."""
-    changed = set(json.loads(_asked("status", "--json", *needs)))
+    changed = needs.keys() & json.loads(_asked("status", "--json"))  # of all: naming stages takes it longer
     for stage, before in needs.items():
         if before & changed:
             changed.add(stage)
