@@ -253,13 +253,21 @@ def _updates(step: Any, lesson: Any, params: Config) -> dict[str, Any]:
     steady = [(sizes[i % len(sizes)], seconds) for i, seconds in enumerate(times) if i >= first]
     shapes = {shape_of(batch, step.bucket) for batch in batches}
     again = statistics.fmean(seconds for _, seconds in steady) if steady else times[0]
-    recording = max(0.0, sum(times[:first]) - first * again) / len(shapes) if graphs else 0.0
+    once, recording = _recordings([seconds - again for seconds in times[:first]], len(shapes)) if graphs else (0.0, 0.0)
     return {
         "updates": steady or [(sizes[0], times[0])],
+        "once_s": once,
         "recording_s": recording,
         "all": all_sizes,
         "recordings": len({shape_of(batch, step.bucket) for batch in all_batches}) if graphs else 0,
     }
+
+
+def _recordings(extra: list[float], shapes: int) -> tuple[float, float]:
+    """What the first updates took beyond later ones, as seconds once (libraries load their kernels, the allocator its
+    memory) and seconds for each recorded shape."""
+    recording = max(0.0, statistics.median(sorted(extra)[-shapes:]))
+    return max(0.0, sum(extra) - recording * shapes), recording
 
 
 def _batched(matches: list[Any], rows: int) -> tuple[list[list[Any]], list[int]]:

@@ -371,6 +371,7 @@ class Rehearsal:
             - trained["made_up_s"]
             - trained["measured_s"]
             + reckoned(kind["updates"], kind["all"]) * settings.epochs
+            + kind["once_s"]
             + kind["recording_s"] * kind["recordings"]
             + trained["test_row_s"] * len(self.lengths["test"])
             + trained["checkpoint_s"] * checkpoints
