@@ -106,7 +106,7 @@ def reproduce(session: nox.Session, profile: str | None = None) -> None:
     profile = switch(session, profile)
     if several_gpus() and not session.posargs:
         session.run("kd", "students")
-    session.run("dvc", "repro", *session.posargs, "assess", "assess-control", "statistics")
+    session.run("dvc", "repro", *session.posargs, "assess", "assess-control", "assess-untrained", "statistics")
     # The table is printed once, below; what it depends on has just been run.
     session.run("dvc", "repro", *session.posargs, "--single-item", "report", silent=True)
     session.run("cat", f"artifacts/{profile}/report/results.md")
@@ -230,7 +230,7 @@ def train(session: nox.Session) -> None:
 @nox.session(python=False)
 def assess(session: nox.Session) -> None:
     """Assessment: `nox -s assess -- teacher-kd` asks one student; without arguments, whatever is out of date."""
-    stage(session, "assess", "assess-control")
+    stage(session, "assess", "assess-control", "assess-untrained")
 
 
 @nox.session(python=False)

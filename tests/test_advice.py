@@ -318,10 +318,10 @@ TEACHER, HEAD = "teacher/base/manifest.json", "teacher/head/manifest.json"
         *(("teacher/base/states-00000.safetensors", spoil, "statistics") for spoil in (cut, Path.unlink)),
         *(("teacher/head/head.safetensors", spoil, "statistics") for spoil in (cut, Path.unlink)),
         ("statistics.json", cut, "report"),
-        ("adapters/base-kd/check.json", junk, "report"),
-        ("adapters/base-kd/adapter_model.safetensors", Path.unlink, "assess base-kd"),
+        ("adapters/base-kd-1/check.json", junk, "report"),
+        ("adapters/base-kd-1/adapter_model.safetensors", Path.unlink, "assess base-kd"),
         ("data/test.jsonl", Path.unlink, "assess base-kd"),
-        ("logs/base-kd.csv", Path.unlink, "report"),
+        ("logs/base-kd-1.csv", Path.unlink, "report"),
     ],
 )
 @pytest.mark.usefixtures("in_a_copy")

@@ -26,7 +26,14 @@ from kd.machine.probe import GIB, read_gpus, read_memory
 from kd.models.load import model_folder
 from kd.models.weights import WEIGHTS
 
-GROUPS = ("train", "train-control", "assess", "assess-control", "statistics")  # stages that take one GPU
+GROUPS = (
+    "train",
+    "train-control",
+    "assess",
+    "assess-control",
+    "assess-untrained",
+    "statistics",
+)  # stages that take one GPU
 EDGE = re.compile(r'^"?([^"]+?)"? -> "?([^"]+?)"?;$', re.MULTILINE)
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 FAILED = "ERROR: failed to reproduce"

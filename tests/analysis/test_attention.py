@@ -180,7 +180,7 @@ def test_confidence_is_the_mean_of_the_largest_probability(adapter: str | None, 
 def test_without_adapters_the_bare_student_is_measured_on_the_answers_to_its_own_prompt(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], tiny_llama: Path
 ) -> None:
-    experiment = tiny_params["experiments"]["no-distillation"]
+    experiment = tiny_params["untrained"]["no-distillation"]
     keep(tiny_params, "no-distillation")
     write_params(tiny_params)
     model, tokenizer = plain_student(tiny_llama, None), load_tokenizer(tiny_llama)
@@ -285,8 +285,8 @@ def test_heads_are_drawn_when_asked_for(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("adapters/base-kd", "artifacts/mini/adapters/base-kd: no such adapter; run `kd train base-kd`"),
-        ("logs/teacher-kd.csv", "artifacts/mini/logs/teacher-kd.csv: no such file; run `kd assess teacher-kd`"),
+        ("adapters/base-kd-1", "artifacts/mini/adapters/base-kd-1: no such adapter; run `kd train base-kd-1`"),
+        ("logs/teacher-kd-1.csv", "artifacts/mini/logs/teacher-kd-1.csv: no such file; run `kd assess teacher-kd-1`"),
         ("data/test.jsonl", "artifacts/mini/data/test.jsonl: no such file; run `kd prepare`"),
     ],
 )
@@ -308,7 +308,7 @@ def test_an_adapter_that_peft_would_unpickle_is_refused_unread(
     adapter = ARTIFACTS / "adapters" / "base-kd"
     weights = (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     assert main(["attention"]) == 2
-    assert f"{adapter}: no adapter_model.safetensors; run `kd train base-kd` again" in capsys.readouterr().err
+    assert f"{adapter}: no adapter_model.safetensors; run `kd train base-kd-1` again" in capsys.readouterr().err
     weights.rename(adapter / "adapter_model.safetensors")
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "XLORA", "adapters": {"a": "x"}}))
@@ -330,8 +330,8 @@ def test_a_student_goes_by_the_experiment_that_asks_it_the_bare_question(
 ) -> None:
     write_params(tiny_params)
     assert student_names(load_config(Path("params.yaml"))) == STUDENTS
-    tiny_params["experiments"]["again"] = {"needs": "adapters/base-kd", "max_new_tokens": 4}
-    del tiny_params["experiments"]["no-distillation-matched"]
+    tiny_params["untrained"]["again"] = {"needs": "adapters/base-kd-1", "max_new_tokens": 4}
+    del tiny_params["untrained"]["no-distillation-matched"]
     write_params(tiny_params)
     assert student_names(load_config(Path("params.yaml"))) == [
         "no-distillation",

@@ -20,7 +20,7 @@ from kd.teacher import backends
 from kd.teacher.backends.transformers import TransformersTeacher
 
 MEASURES = Path("artifacts/mini/measures")
-ADAPTER = Path("artifacts/mini/adapters/teacher-kd")
+ADAPTER = Path("artifacts/mini/adapters/teacher-kd-1")
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_what_cannot_be_measured_exits_2(
         in capsys.readouterr().err
     )
     assert main(["measure", "teacher-kd"]) == 2
-    assert f"{ADAPTER}: no such adapter; run `kd train teacher-kd`" in capsys.readouterr().err
+    assert f"{ADAPTER}: no such adapter; run `kd train teacher-kd-1`" in capsys.readouterr().err
     other = make_tiny_llama(tmp_path / "other", vocabulary=420)
     prepared["teacher"]["model"] = {"source": "folder", "path": str(other)}
     write_params(prepared)

@@ -266,7 +266,7 @@ def trained(
         write_params(params | {"seed": seed})
         assert main(["train", "teacher-kd"]) == 0
         capsys.readouterr()
-        lines = Path("artifacts/mini/adapters/teacher-kd/loss/plots/metrics/loss.tsv").read_text().splitlines()
+        lines = Path("artifacts/mini/adapters/teacher-kd-1/loss/plots/metrics/loss.tsv").read_text().splitlines()
         yield [float(line.split("\t")[1]) for line in lines[1:]]
 
 

@@ -113,4 +113,4 @@ def test_students_take_a_gpu_each(small: dict[str, Any], tmp_path: Path) -> None
     assert {stage for stage in seen if stage.startswith("train")} == {"train@teacher-kd", "train-control@fine-tuning"}
     assert len({gpu for stage, gpu in seen.items() if stage.startswith("train")}) == 2
     assert all(gpu.isdecimal() for gpu in seen.values())
-    assert (MINI / "logs/teacher-kd.csv").exists()
+    assert (MINI / "logs/teacher-kd-1.csv").exists()

@@ -28,7 +28,7 @@ from kd.store.head import TeacherHead
 pytestmark = pytest.mark.usefixtures("gpu")
 
 Write = Callable[[dict[str, Any]], None]
-ADAPTER = Path("artifacts/mini/adapters/teacher-kd")
+ADAPTER = Path("artifacts/mini/adapters/teacher-kd-1")
 VOCABULARY = 401
 DTYPES = ["bfloat16", "float32"]  # attention has another kernel in each
 
@@ -173,7 +173,7 @@ def test_memory_that_runs_out_is_said_with_the_last_checkpoint(
     assert error.startswith("kd: train, teacher-kd: the GPU's memory ran out (")
     assert "more asked for, " in error
     assert "lower `distill.batch_rows` (2) or `distill.max_tokens` (256)" in error
-    assert "the same command goes on from artifacts/mini/adapters/.partial/teacher-kd/" in error
+    assert "the same command goes on from artifacts/mini/adapters/.partial/teacher-kd-1/" in error
     assert error.endswith("/checkpoints/00000005")
     torch.cuda.set_per_process_memory_fraction(1.0)
     monkeypatch.setattr(checkpoint, "save", save)

@@ -17,8 +17,8 @@ from kd.config import load_config
 from kd.errors import UserError
 from kd.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
 
-FOLDER = Path("artifacts/mini/adapters/base-kd")
-AGAIN = "run `kd train base-kd` again"
+FOLDER = Path("artifacts/mini/adapters/base-kd-1")
+AGAIN = "run `kd train base-kd-1` again"
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 

@@ -81,7 +81,7 @@ def paper_logs(write_params: Write) -> None:
                 taken = i + 2 if i % 2 == 0 and experiment.adapter else 0
                 said = f"{question}{experiment.suffix} \\boxed{{{taken}}}"
                 writer.writerow((question, answer, said, 9, False, taken, "boxed", taken > 0))
-    adapter = Path("artifacts/paper/adapters/teacher-kd")
+    adapter = Path("artifacts/paper/adapters/teacher-kd-1")
     adapter.mkdir(parents=True)
     (adapter / "check.json").write_text('{"check_loss": 9.8765, "rows": 6, "versions": {}}')
     one = {"mean_max_probability": 0.57312, "positions": 900, "questions": 7, "versions": {}}

@@ -164,7 +164,7 @@ def test_another_systems_line_ends_change_no_result(logs: dict[str, Any], capsys
     assert main(["review", "base-kd", "--import", "sheet.csv"]) == 0
     before = reported(capsys)
     assert before["experiments"]["base-kd"]["by_hand"] == 1
-    for path in (*(LOGS / f"{name}.csv" for name in NAMES), Path("reviews/base-kd.csv")):
+    for path in (*(LOGS / f"{name}.csv" for name in NAMES), Path("reviews/base-kd-1.csv")):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert reported(capsys) == before
 
@@ -185,7 +185,8 @@ REFUSED: dict[str, tuple[Callable[[Rows], object], str]] = {
         lambda rows: rows.__setitem__(0, rows[3]), "row 4: an earlier row has the same question; remove"
     ),
     "a row less": (
-        lambda rows: rows.pop(2), "no row of test-00003, 5 rows where the test set has 6; run `kd assess base-kd` again"
+        lambda rows: rows.pop(2),
+        "no row of test-00003, 5 rows where the test set has 6; run `kd assess base-kd-1` again",
     ),
     "another prompt": (
         lambda rows: rows[1].update(model_answer="Why? 70000"), "row 2: model_answer does not begin with the question"
@@ -220,7 +221,7 @@ def test_a_row_that_is_none_of_the_experiments_is_named(
     rows = rows_of("base-kd")
     change(rows)
     save("base-kd", rows)
-    assert f"kd: artifacts/mini/logs/base-kd.csv{':' if kind == 'a row less' else ''} {message}" in refusal(capsys)
+    assert f"kd: artifacts/mini/logs/base-kd-1.csv{':' if kind == 'a row less' else ''} {message}" in refusal(capsys)
 
 
 @pytest.mark.parametrize(("log", "taken_for"), [("no-distillation", "base-kd"), ("base-kd", "no-distillation")])
@@ -238,13 +239,14 @@ def test_a_log_of_another_data_set_does_not_come_into_the_table(
 ) -> None:
     tests = DATA.read_text()
     write_logs(logs, prepare_tests(questions("How many")))
-    other = (LOGS / "teacher-kd.csv").read_text()
+    other = (LOGS / "teacher-kd-1.csv").read_text()
     DATA.write_text(tests)
     write_logs(logs, prepare_tests(questions("How much")))
-    (LOGS / "teacher-kd.csv").write_text(other)
+    (LOGS / "teacher-kd-1.csv").write_text(other)
     said = refusal(capsys)
     assert (
-        "teacher-kd.csv row 1: no test question has this question and answer; run `kd assess teacher-kd` again" in said
+        "teacher-kd-1.csv row 1: no test question has this question and answer; run `kd assess teacher-kd-1` again"
+        in said
     )
 
 
@@ -265,7 +267,7 @@ def test_whatever_a_response_holds_its_log_is_read_back(logs: dict[str, Any], te
     tests = prepare_tests(questions("How much"))
     prompts = [test.question for test in tests]
     answers = [Response(f"{text}{i}", 1, False) for i in range(3)] + [Response(text, 1, False)] * 3
-    (LOGS / "base-kd.csv").write_text(log_text(tests, prompts, answers), newline="")
+    (LOGS / "base-kd-1.csv").write_text(log_text(tests, prompts, answers), newline="")
     answered = read_answered(load_config(Path("params.yaml")), "base-kd")
     assert [row.written for row in answered] == [answer.text for answer in answers]
     del logs
