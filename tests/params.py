@@ -14,6 +14,11 @@ def keep(params: dict[str, Any], *names: str) -> None:
     params["untrained"] = {name: one for name, one in params["untrained"].items() if name in names}
 
 
+def run_of(name: str) -> str:
+    """The run that a row of the table shows where `seeds` are as the profiles have them."""
+    return name if name.startswith("no-distillation") else f"{name}-1"
+
+
 def experiments(params: dict[str, Any]) -> dict[str, Experiment]:
     """Every assessment, by its run's name."""
     return Config.model_validate(params).experiments

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from params import run_of
 from peft import PeftModel
 from tiny import make_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +41,7 @@ def measured(capsys: pytest.CaptureFixture[str]) -> Callable[[str], dict[str, An
         capsys.readouterr()
         assert main(["measure", experiment, "--json"]) == 0
         printed: dict[str, Any] = json.loads(capsys.readouterr().out)
-        assert printed == json.loads((MEASURES / f"{experiment}.json").read_text())
+        assert printed == json.loads((MEASURES / f"{run_of(experiment)}.json").read_text())
         return printed
 
     return measure
@@ -143,7 +144,7 @@ def test_what_cannot_be_measured_exits_2(
 ) -> None:
     assert main(["measure", "techer-kd"]) == 2
     assert (
-        "techer-kd: unknown experiment, expected one of no-distillation, no-distillation-matched"
+        "techer-kd: unknown student, expected one of no-distillation, no-distillation-matched"
         in capsys.readouterr().err
     )
     assert main(["measure", "teacher-kd"]) == 2

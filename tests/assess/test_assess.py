@@ -109,7 +109,7 @@ def test_adapter_changes_the_answers_and_must_fit_the_student(
     assert main(["train", "fine-tuning"]) == 0
     assert main(["assess", "fine-tuning"]) == 0
     model, tokenizer = load_model(tiny_llama, "float32", "cpu"), load_tokenizer(tiny_llama)
-    rows = read_log("fine-tuning")
+    rows = read_log("fine-tuning-1")
     bare = answers(model, tokenizer, [row["question"] for row in rows], 6)
     assert [row["model_answer"] for row in rows] != [
         row["question"] + r.text for row, r in zip(rows, bare, strict=True)

@@ -211,8 +211,7 @@ def test_trials_trained_together_are_trials(
 def test_any_seed_that_params_take_is_taken_by_the_samplers(
     ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], seed: int
 ) -> None:
-    ready["seed"] = seed
-    ready["search"] |= {"trials": 1}
+    ready["search"] |= {"trials": 1, "seeds": [seed]}
     ready["distill"]["epochs"] = 1
     write_params(ready)
     assert main(["search", "teacher-kd"]) == 0
@@ -262,11 +261,11 @@ def trained(
     params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> Iterator[list[float]]:
     """The training losses of three seeds."""
+    write_params(params | {"seeds": [1, 2, 3]})
+    assert main(["train", "teacher-kd"]) == 0
+    capsys.readouterr()
     for seed in (1, 2, 3):
-        write_params(params | {"seed": seed})
-        assert main(["train", "teacher-kd"]) == 0
-        capsys.readouterr()
-        lines = Path("artifacts/mini/adapters/teacher-kd-1/loss/plots/metrics/loss.tsv").read_text().splitlines()
+        lines = Path(f"artifacts/mini/adapters/teacher-kd-{seed}/loss/plots/metrics/loss.tsv").read_text().splitlines()
         yield [float(line.split("\t")[1]) for line in lines[1:]]
 
 

@@ -61,7 +61,7 @@ def plain_published_loop(
             captured[f"Question {i}"] = teacher(ids).logits
     teacher_logits = [captured[key] for key in sorted(captured)]
 
-    torch.manual_seed(params["seed"])
+    torch.manual_seed(params["seeds"][0])
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     student = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
     student.train()
@@ -203,7 +203,7 @@ def test_unknown_experiment_exits_2(
 ) -> None:
     write_params(tiny_params)
     assert main(["train", "no-distillation"]) == 2
-    assert "no-distillation: unknown experiment, expected one of fine-tuning, base-kd" in capsys.readouterr().err
+    assert "no-distillation: unknown student, expected one of fine-tuning, base-kd" in capsys.readouterr().err
 
 
 # Runs `kd train` in forked children, one after the other, each killed at a place's nth call: between two checkpoints,

@@ -209,12 +209,12 @@ def runs(params: dict[str, Any], write_params: Write) -> list[tuple[Config, str]
         Path("artifacts", name).mkdir()
         for shared in ("data", "teacher"):
             Path("artifacts", name, shared).symlink_to(Path("..", "mini", shared))
-        found.append((load_config(Path("params.yaml")), "teacher-kd"))
+        found.append((load_config(Path("params.yaml")), "teacher-kd-1"))
     return found
 
 
 def weights(config: Config) -> torch.Tensor:
-    tensors = load_file(config.artifacts / "adapters" / "teacher-kd" / "adapter_model.safetensors")
+    tensors = load_file(config.artifacts / "adapters" / "teacher-kd-1" / "adapter_model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 

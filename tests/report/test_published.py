@@ -46,13 +46,13 @@ def test_the_papers_profile_reruns_the_paper_and_the_others_say_why_they_do_not(
         ("distill.protocol", "aligned", ["another protocol"]),
         ("distill.learning_rate", 5e-5, ["other settings in training"]),
         ("distill.lora.rank", 8, ["other settings in training"]),
-        ("experiments.fine-tuning.max_new_tokens", 128, ["students asked in another way"]),
+        ("assess.max_new_tokens", 128, ["students asked in another way"]),
         # The same experiment, brought or run in another way.
         ("dataset", {"source": "folder", "path": ".", "answers": "socratic"} | ROWS, []),
         ("student.model", {"source": "folder", "path": "~/models/Meta-Llama-3.1-8B-Instruct"}, []),
         ("student.model.name", "meta-llama/Llama-3.1-8B-Instruct", []),
         ("teacher.batch_rows", 8, []),
-        ("seed", 2, []),
+        ("seeds", [2, 3], []),
     ],
 )  # fmt: skip
 def test_what_makes_another_experiment(key: str, value: Any, said: list[str], write_params: Write) -> None:

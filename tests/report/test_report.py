@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from params import keep
+from params import keep, run_of
 from rows import prepare_tests
 
 from kd.cli import main
@@ -35,8 +35,8 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
     folder.mkdir(parents=True)
     suffixes = {name: one.suffix for name, one in load_config(Path("params.yaml")).experiments.items()}
     for right, experiment in enumerate(STUDENTS):
-        with (folder / f"{experiment}.csv").open("w", newline="") as file:
-            suffix = suffixes[experiment]
+        with (folder / f"{run_of(experiment)}.csv").open("w", newline="") as file:
+            suffix = suffixes[run_of(experiment)]
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for i in range(6):
@@ -62,7 +62,7 @@ def test_results_hold_counts_intervals_and_comparisons(capsys: pytest.CaptureFix
     assert main(["report", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results == json.loads((REPORT / "results.json").read_text())
-    assert list(results["experiments"]) == list(load_config(Path("params.yaml")).experiments)
+    assert list(results["experiments"]) == list(load_config(Path("params.yaml")).runs)
     assert set(results["experiments"]) == set(STUDENTS)
     row = results["experiments"]["confidence-kd"]
     assert (row["correct"], row["rows"], row["accuracy"], row["undecided"]) == (3, 6, 0.5, [6])
@@ -252,13 +252,13 @@ def test_a_loss_curve_without_updates_is_none(capsys: pytest.CaptureFixture[str]
 
 def lose(name: str, losses: list[float]) -> None:
     """The loss curve that training leaves."""
-    folder = Path("artifacts/mini/adapters", name, "loss/plots/metrics")
+    folder = Path("artifacts/mini/adapters", run_of(name), "loss/plots/metrics")
     folder.mkdir(parents=True)
     (folder / "loss.tsv").write_text("step\tloss\n" + "".join(f"{i}\t{loss}\n" for i, loss in enumerate(losses)))
 
 
 def always_at_the_limit(name: str) -> None:
-    path = Path(f"artifacts/mini/logs/{name}.csv")
+    path = Path(f"artifacts/mini/logs/{run_of(name)}.csv")
     with path.open(newline="") as file:
         rows = [row | {"model_max_tokens": "True"} for row in csv.DictReader(file)]
     with path.open("w", newline="") as file:
