@@ -171,7 +171,7 @@ def test_unusable_searches_exit_2(
     ready["search"] |= {"learning_rate": None, "seeds": [1, 2, 1]}
     write_params(ready)
     assert main(["search", "teacher-kd"]) == 2
-    assert "search: seeds: a seed stands twice; name each once" in capsys.readouterr().err
+    assert "search.seeds: a seed stands twice; name each once" in capsys.readouterr().err
 
 
 def test_values_that_teach_nothing_are_said_to_teach_nothing(

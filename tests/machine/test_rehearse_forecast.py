@@ -78,7 +78,7 @@ def test_the_paper_without_a_gpu_exits_1_in_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["rehearse", "--params", str(REPOSITORY / "profiles" / "paper.yaml")]) == 1
-    assert "kd: no GPU is visible, and paper needs 4 of 90 GiB; rehearse it where they are" in capsys.readouterr().err
+    assert "kd: no GPU is visible, and paper needs 4 of 78 GiB; rehearse it where they are" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
