@@ -101,21 +101,24 @@ def lock(session: nox.Session) -> None:
 
 def reproduce(session: nox.Session, profile: str | None = None) -> None:
     """Run a profile's pipeline (params.yaml as it stands without one) and print its table. Stages that are up to date
-    do not run again. Several GPUs train and assess side by side; with arguments for DVC, one stage runs at a time."""
+    do not run again. Several GPUs, or the cores where there is none, train and assess side by side; with arguments for
+    DVC, one stage runs at a time."""
     environment(session)
     profile = switch(session, profile)
-    if several_gpus() and not session.posargs:
+    if gpus() != 1 and not session.posargs:
         session.run("kd", "students")
-    session.run("dvc", "repro", *session.posargs, "assess", "assess-control", "assess-untrained", "statistics")
+    else:
+        assessed = ("assess", "assess-control", "assess-untrained")
+        session.run("dvc", "repro", *session.posargs, *assessed, "statistics")
     # The table is printed once, below; what it depends on has just been run.
     session.run("dvc", "repro", *session.posargs, "--single-item", "report", silent=True)
     session.run("cat", f"artifacts/{profile}/report/results.md")
 
 
-def several_gpus() -> bool:
-    """Whether several GPUs seem to be visible. `kd students` counts them as torch does, which takes seconds."""
+def gpus() -> int:
+    """How many GPUs seem to be visible. `kd students` counts them as torch does, which takes seconds."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(list(Path("/dev").glob("nvidia[0-9]*")) if named is None else named.split(",")) > 1
+    return len(list(Path("/dev").glob("nvidia[0-9]*")) if named is None else list(filter(None, named.split(","))))
 
 
 def switch(session: nox.Session, profile: str | None) -> str:

@@ -51,7 +51,7 @@ Beside them:
   kd review teacher-kd-1     decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
-  kd students                all students and assessments side by side, one a GPU, after what they need
+  kd students                all students and assessments side by side, one a GPU or core, after what they need
   kd doctor                  has this machine what the profile needs?
   kd rehearse --price 12     what the profile takes here: memory, disk, time, money
   kd models fetch            the profile's teacher and student from the Hub, resumable
@@ -333,14 +333,19 @@ def _add_study(commands: Any) -> None:
 
 
 def _add_students(commands: Any) -> None:
-    text = "train and assess all students side by side, one a GPU"
+    text = "train and assess all students side by side, one a GPU or, without any, a core"
     sub = commands.add_parser(
         "students",
         help=text,
         description=f"{text}: whatever of them is out of date, and before them what they need, as `dvc repro` would. "
         "What one of several says stands behind its name; one that fails does not stop the others.",
     )
-    sub.add_argument("--jobs", metavar="N", type=_count, help="students at a time (as many as GPUs, or 1 without any)")
+    sub.add_argument(
+        "--jobs",
+        metavar="N",
+        type=_count,
+        help="students at a time (as many as GPUs, or as cores and memory without any)",
+    )
     sub.set_defaults(run=_students)
 
 

@@ -1,4 +1,4 @@
-"""`kd students`: what comes behind the teachers, side by side, one student a GPU.
+"""`kd students`: what comes behind the teachers, side by side, one student a GPU; on a CPU the teachers as well.
 
 Every stage is DVC's own: `dvc repro --single-item STAGE`, in a process that sees one GPU. DVC does not hold its lock
 while a stage's command runs, only while it looks what is out of date and writes dvc.lock; the others wait for it then.
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,18 +22,14 @@ from pathlib import Path
 from kd.config import Config
 from kd.errors import UserError, WorkFailedError
 from kd.io.distributed import LAUNCHED, gpu_names
-from kd.machine.probe import GIB, read_gpus, read_memory
+from kd.machine.probe import GIB, read_memory
 from kd.models.load import model_folder
 from kd.models.weights import WEIGHTS
 
-GROUPS = (
-    "train",
-    "train-control",
-    "assess",
-    "assess-control",
-    "assess-untrained",
-    "statistics",
-)  # stages that take one GPU
+# Stages that take one GPU.
+GROUPS = ("train", "train-control", "assess", "assess-control", "assess-untrained", "statistics")
+ON_A_CPU = ("teacher", *GROUPS)  # where no teacher is shared out over GPUs
+PYTHON = GIB // 2  # what a stage takes beside its weights
 EDGE = re.compile(r'^"?([^"]+?)"? -> "?([^"]+?)"?;$', re.MULTILINE)
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 FAILED = "ERROR: failed to reproduce"
@@ -45,13 +41,15 @@ _terminal = threading.Lock()
 @dataclass(frozen=True)
 class Place:
     """Where one stage runs at a time: on one GPU, called as CUDA_VISIBLE_DEVICES calls it, or (None) where there is
-    none."""
+    none, on as many cores as it has `threads`."""
 
     gpu: str | None
+    threads: int
 
     def environment(self) -> dict[str, str]:
         """Variables of a stage here. `launcher` in the params, which would share a stage out over GPUs, is left out."""
-        return {LAUNCHED: "1"} | ({"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {})
+        where = {"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {"OMP_NUM_THREADS": str(self.threads)}
+        return {LAUNCHED: "1"} | where
 
 
 @dataclass(frozen=True)
@@ -66,19 +64,17 @@ class Running:
 def run(config: Config, jobs: int | None) -> None:
     """Bring every student and its assessment up to date, and before them what they need: teachers, by all GPUs.
 
-    `jobs` at a time (None: as many as there are GPUs and host memory to load students). WorkFailedError names what
-    failed, once all else is done.
+    `jobs` at a time (None: as many as there are GPUs, or cores, and memory to load students). WorkFailedError names
+    what failed, once all else is done.
     """
-    needs = _read_needs()
-    names = gpu_names(len(read_gpus()))
+    names = gpu_names(_count_gpus())
+    needs = _read_needs(GROUPS if names else ON_A_CPU)
     if jobs and names and jobs > len(names):
         raise UserError(f"--jobs {jobs}: every student has a GPU and {len(names)} are visible; give at most that many")
     try:
         _bring_up_to_date(sorted(set().union(*needs.values()) - needs.keys()))
         needs = _outdated(needs)
-        at_once = jobs or _at_once(config, len(names))
-        places = [Place(names[number] if names else None) for number in range(at_once)]
-        failed, left = _side_by_side(needs, places)
+        failed, left = _side_by_side(needs, _places(config, names, jobs, len(needs)))
     except KeyboardInterrupt as stop:
         raise type(stop)(KEPT) from None
     for stage, last_words in failed.items():
@@ -88,9 +84,15 @@ def run(config: Config, jobs: int | None) -> None:
         raise WorkFailedError(f"{', '.join(failed)} failed{behind}; mend what is said above, then: {KEPT}")
 
 
-def _read_needs() -> dict[str, set[str]]:
-    """The stages that take one GPU, those that others wait for first, and of each the stages whose results it reads."""
-    edges = [edge for edge in EDGE.findall(_asked("dag", "--dot")) if edge[1].partition("@")[0] in GROUPS]
+def _count_gpus() -> int:
+    """How many GPUs torch sees; by a process of its own, for torch would stay in this one's memory all along."""
+    counted = "from kd.machine.probe import read_gpus; print(len(read_gpus()))"
+    return int(subprocess.run([sys.executable, "-c", counted], check=True, capture_output=True, text=True).stdout)
+
+
+def _read_needs(groups: Collection[str]) -> dict[str, set[str]]:
+    """The stages of `groups`, those that others wait for first, and of each the stages whose results it reads."""
+    edges = [edge for edge in EDGE.findall(_asked("dag", "--dot")) if edge[1].partition("@")[0] in groups]
     waited_for = {before for before, _ in edges}
     stages = sorted({stage for _, stage in edges}, key=lambda stage: (stage not in waited_for, stage))
     return {stage: {before for before, after in edges if after == stage} for stage in stages}
@@ -98,7 +100,7 @@ def _read_needs() -> dict[str, set[str]]:
 
 def _outdated(needs: Mapping[str, set[str]]) -> dict[str, set[str]]:
     """Those of the stages that DVC would run: what is changed for them, or will be once those they need have run."""
-    changed = set(json.loads(_asked("status", "--json", *needs)))
+    changed = needs.keys() & json.loads(_asked("status", "--json"))  # of all: naming stages takes it longer
     for stage, before in needs.items():
         if before & changed:
             changed.add(stage)
@@ -114,18 +116,20 @@ def _asked(*command: str) -> str:
     return found.stdout
 
 
-def _at_once(config: Config, gpus: int) -> int:
-    """As many students as GPUs, or fewer where host memory, through which each is loaded, would not take them."""
+def _places(config: Config, gpus: list[str], jobs: int | None, stages: int) -> list[Place]:
+    """As many places as GPUs, on a CPU as there are cores and `stages` for them, or fewer where host memory, through
+    which each student is loaded, would not take them; `jobs` where that is given."""
     weights = sum(path.stat().st_size for path in model_folder(config.student.model).glob(WEIGHTS))
-    memory = read_memory()
-    room = max(1, memory // (2 * weights))  # its tensors, and the files' pages that they are read from
-    if room < gpus:
+    memory, cores = read_memory(), len(os.sched_getaffinity(0))
+    room = max(1, memory // (2 * weights + PYTHON))  # its tensors, and the files' pages that they are read from
+    if not jobs and room < len(gpus):
         print(
             f"kd: {memory / GIB:.0f} GiB of host memory load {room} students at once, {weights / GIB:.1f} GiB of "
-            f"weights each, so {gpus - room} of {gpus} GPUs stay idle; --jobs says otherwise",
+            f"weights each, so {len(gpus) - room} of {len(gpus)} GPUs stay idle; --jobs says otherwise",
             file=sys.stderr,
         )
-    return max(1, min(room, gpus))
+    count = jobs or min(room, len(gpus) or max(1, min(cores, stages)))
+    return [Place(gpus[number] if gpus else None, max(1, cores // count)) for number in range(count)]
 
 
 def _bring_up_to_date(stages: list[str]) -> None:
