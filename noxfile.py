@@ -108,7 +108,8 @@ def reproduce(session: nox.Session, profile: str | None = None) -> None:
     if gpus() != 1 and not session.posargs:
         session.run("kd", "students")
     else:
-        session.run("dvc", "repro", *session.posargs, "assess", "assess-control", "statistics")
+        assessed = ("assess", "assess-control", "assess-untrained")
+        session.run("dvc", "repro", *session.posargs, *assessed, "statistics")
     # The table is printed once, below; what it depends on has just been run.
     session.run("dvc", "repro", *session.posargs, "--single-item", "report", silent=True)
     session.run("cat", f"artifacts/{profile}/report/results.md")
@@ -232,7 +233,7 @@ def train(session: nox.Session) -> None:
 @nox.session(python=False)
 def assess(session: nox.Session) -> None:
     """Assessment: `nox -s assess -- teacher-kd` asks one student; without arguments, whatever is out of date."""
-    stage(session, "assess", "assess-control")
+    stage(session, "assess", "assess-control", "assess-untrained")
 
 
 @nox.session(python=False)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -38,15 +39,16 @@ The stages in order, as `dvc repro` runs them:
   kd head                    the teacher's output head, kept once
   kd teacher teacher         the teacher reads the questions behind a prompt
   kd train teacher-kd        a student learns from that prompt's teacher
-  kd assess teacher-kd       it answers the test questions
+  kd assess teacher-kd       what came of it answers the test questions
   kd statistics              how sure the teacher is behind each prompt
   kd report                  the paper's table
   kd attention               how each student attends, layer by layer, and how sure it is
 
 What runs is params.yaml; results lie under artifacts/<profile>/. To switch, `cp profiles/paper.yaml params.yaml`
 (keep a params.yaml of your own elsewhere first), or let `nox -s paper` do it and run it.
+A student is trained and assessed once for each of `seeds`, one after another; teacher-kd-1 is its run with seed 1.
 Beside them:
-  kd review teacher-kd       decide the responses that no rule settles
+  kd review teacher-kd-1     decide the responses that no rule settles
   kd extract log.csv --column model_answer --rules robust
   kd data fetch && kd audit  the paper's own logs, scored again
   kd students                all students and assessments side by side, one a GPU or core, after what they need
@@ -149,10 +151,10 @@ def _add_stages(commands: Any) -> None:
     stage("head", _head, "keep the teacher's final norm and output head, once for all prompts", "head")
     teacher = stage("teacher", _teacher, "capture the teacher's states behind one prompt", "teacher/{prompt}")
     teacher.add_argument("prompt", metavar="PROMPT", help="one of `prompts`, such as base")
-    train = stage("train", _train, "train one student's adapter", "train/{experiment}")
-    train.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters`, such as teacher-kd")
-    assess = stage("assess", _assess, "let one student answer the test questions", "assess/{experiment}")
-    assess.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as no-distillation")
+    train = stage("train", _train, "train a student's adapter, with each of `seeds` or with one")
+    train.add_argument("student", metavar="STUDENT", help="such as teacher-kd, or with one seed, teacher-kd-1")
+    assess = stage("assess", _assess, "let a student, trained or not, answer the test questions")
+    assess.add_argument("student", metavar="STUDENT", help="such as no-distillation, teacher-kd or teacher-kd-1")
     way = assess.add_mutually_exclusive_group()
     way.add_argument("--exact", action="store_true", help="generate one row at a time, as the original did")
     way.add_argument(
@@ -182,9 +184,9 @@ def _add_stages(commands: Any) -> None:
         "search",
         _search,
         "search alpha and T for one student: Bayesian, over several seeds, resumable, by many processes",
-        "search/{experiment}",
+        "search/{student}",
     )
-    search.add_argument("experiment", metavar="EXPERIMENT", help="a key of `adapters` that has a teacher")
+    search.add_argument("student", metavar="STUDENT", help="one that has a teacher, such as teacher-kd")
     search.add_argument("--storage", metavar="URL", help="a database that several hosts share (an SQLite file)")
     search.add_argument("--on-test", action="store_true", help="judge on the test split, as the original did; unfair")
     search.add_argument("--json", action="store_true", help="print best.json")
@@ -192,10 +194,9 @@ def _add_stages(commands: Any) -> None:
         "measure",
         _measure,
         "measure a student's loss on the test answers and its distance from its teacher",
-        "measure/{experiment}",
     )
-    measure.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as teacher-kd")
-    measure.add_argument("--json", action="store_true", help="print one JSON document")
+    measure.add_argument("student", metavar="STUDENT", help="such as teacher-kd, or with one seed, teacher-kd-1")
+    measure.add_argument("--json", action="store_true", help="print one JSON document, of one run")
     _add_report(commands)
     attention = stage(
         "attention", _attention, "measure how each student attends and how sure it is of each next token", "attention"
@@ -206,12 +207,12 @@ def _add_stages(commands: Any) -> None:
         type=_heads,
         help="draw these heads (layer:head, both from 0) on the first question instead, one image each",
     )
-    review = stage("review", _review, "decide by hand the responses of one experiment that no rule settles")
+    review = stage("review", _review, "decide by hand the responses of one run that no rule settles")
     review.description = (
         "Shows each undecided response with its numbers highlighted and takes a number, `none`, `skip` or `quit`. "
-        "Each is saved at once to reviews/EXPERIMENT.csv; the next call goes on there, and `kd report` counts it."
+        "Each is saved at once to reviews/RUN.csv; the next call goes on there, and `kd report` counts it."
     )
-    review.add_argument("experiment", metavar="EXPERIMENT", help="a key of `experiments`, such as teacher-kd")
+    review.add_argument("run_name", metavar="RUN", help="such as teacher-kd-1, or no-distillation")
     sheet = review.add_mutually_exclusive_group()
     sheet.add_argument("--export", metavar="FILE", type=Path, help="write the undecided rows to a CSV file to fill in")
     sheet.add_argument("--import", metavar="FILE", type=Path, dest="sheet", help="take the answers of such a file")
@@ -376,7 +377,7 @@ def _prepare(config: Config, _: argparse.Namespace) -> None:
 
         print(text(checks := examine(config)), end="", file=sys.stderr)
         insist(checks)
-    prepare(config.dataset, config.seed, config.artifacts / "data")
+    prepare(config.dataset, config.artifacts / "data")
 
 
 def _head(config: Config, _: argparse.Namespace) -> None:
@@ -398,28 +399,44 @@ def _teacher(config: Config, options: argparse.Namespace) -> bool:
 
 
 def _train(config: Config, options: argparse.Namespace) -> None:
-    from kd.config import choose
+    from kd.config import runs_named
 
-    choose(options.experiment, list(config.adapters), "experiment", "adapters")
-    from kd.distill.train import train
+    made = {run: config.artifacts / "adapters" / run for run in runs_named(options.student, config.adapters)}
+    from kd.distill.train import run_key, train
+    from kd.io.files import in_turn
+    from kd.machine.record import recorded
 
-    train(config, options.experiment)
+    with closing(in_turn(options.student, made, partial(run_key, config))) as runs:
+        for run in runs:
+            with recorded(config, f"train/{run}"):
+                train(config, run)
 
 
-def _assess(config: Config, options: argparse.Namespace) -> bool:
-    from kd.config import choose
+def _assess(config: Config, options: argparse.Namespace) -> None:
+    from kd.config import run_named, runs_named
 
-    choose(options.experiment, list(config.experiments), "experiment", "experiments")
-    from kd.assess.run import assess, compare, comparison_text
-    from kd.io.distributed import launch
+    if options.compare:
+        run = run_named(options.student, config.experiments)
+        from kd.assess.run import compare, comparison_text
 
-    if not options.compare:
-        launch(config.launcher)
-        assess(config, options.experiment, exact=options.exact)
-        return True
-    compared = compare(config, options.experiment, options.compare)
-    _print(_json(compared) if options.json else comparison_text(compared))
-    return False
+        compared = compare(config, run, options.compare)
+        _print(_json(compared) if options.json else comparison_text(compared))
+        return
+    names = runs_named(options.student, config.experiments)
+    from kd.io.distributed import launch, this_process
+
+    launch(config.launcher)
+    from kd.assess.run import assess, log_key
+    from kd.io.files import in_turn
+    from kd.machine.record import recorded
+    from kd.scoring.log import log_file
+
+    made = {run: log_file(config, run) for run in names}
+    key = partial(log_key, config, exact=options.exact)
+    with closing(in_turn(options.student, made, key, this_process())) as runs:
+        for run in runs:
+            with recorded(config, f"assess/{run}"):
+                assess(config, run, exact=options.exact)
 
 
 def _doctor(config: Config, options: argparse.Namespace) -> None:
@@ -449,20 +466,25 @@ def _statistics(config: Config, options: argparse.Namespace) -> None:
 def _search(config: Config, options: argparse.Namespace) -> None:
     from kd.config import choose
 
-    choose(options.experiment, list(config.adapters), "experiment", "adapters")
+    choose(options.student, config.students, "student", "prompts")
     from kd.distill.search import recommendation, search
 
-    best = search(config, options.experiment, options.storage, options.on_test)
+    best = search(config, options.student, options.storage, options.on_test)
     _print(_json(best) if options.json else recommendation(best))
 
 
 def _measure(config: Config, options: argparse.Namespace) -> None:
-    from kd.config import choose
+    from kd.config import run_named, runs_named
 
-    choose(options.experiment, list(config.experiments), "experiment", "experiments")
+    one = [run_named(options.student, config.experiments)] if options.json else None
+    names = one or runs_named(options.student, config.experiments)
     from kd.analysis.test_loss import measure
+    from kd.machine.record import recorded
 
-    _print_values(measure(config, options.experiment), options.json)
+    for run in names:
+        with recorded(config, f"measure/{run}"):
+            measured = measure(config, run)
+        _print(_json(measured) if options.json else "\n".join(f"{run}: {key} {measured[key]}" for key in measured))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -497,12 +519,12 @@ def _attention(config: Config, options: argparse.Namespace) -> bool:
 
 
 def _review(config: Config, options: argparse.Namespace) -> None:
-    from kd.config import choose
+    from kd.config import run_named
     from kd.scoring import review
     from kd.scoring.log import open_rows
 
-    choose(options.experiment, list(config.experiments), "experiment", "experiments")
-    rows, path = open_rows(config, options.experiment), review.reviews_file(options.experiment)
+    run = run_named(options.run_name, config.experiments)
+    rows, path = open_rows(config, run), review.reviews_file(run)
     if options.export:
         review.export_sheet(rows, review.read_decisions(path), options.export)
         print(f"{options.export}: {len(rows)} rows; fill in `answer` and --import it", file=sys.stderr)
@@ -665,11 +687,6 @@ def _heads(text: str) -> list[tuple[int, int]]:
     if not all(layer.isdecimal() and head.isdecimal() for layer, _, head in pairs):
         raise argparse.ArgumentTypeError(f"expected layer:head, as in 3:5,7:1, found {text!r}")
     return [(int(layer), int(head)) for layer, _, head in pairs]
-
-
-def _print_values(values: dict[str, Any], as_json: bool) -> None:
-    """Names and values, one a line, or as one JSON document."""
-    _print(_json(values) if as_json else "\n".join(f"{name}: {value}" for name, value in values.items()))
 
 
 def _json(document: Any) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -34,6 +36,15 @@ PYTHONS = (ValueError, LookupError, ArithmeticError, RecursionError, TypeError, 
 Document = TypeVar("Document", bound=BaseModel)
 
 
+def _each_seed_once(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("a seed stands twice; name each once")
+    return seeds
+
+
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_each_seed_once)]
+
+
 class Params(BaseModel):
     """Immutable, strict about types, closed to unknown keys and to numbers that are none."""
 
@@ -51,10 +62,11 @@ class Params(BaseModel):
 
 
 class MiniatureDataset(Params):
-    """Grade-school problems from our own seeded generator, in GSM8K's schema; `steps` are the lengths of their
-    solutions, the short ones more often than the long."""
+    """Grade-school problems from our own generator, in GSM8K's schema: `seed` draws them; `steps` are the lengths of
+    their solutions, the short ones more often than the long."""
 
     source: Literal["miniature"]
+    seed: Seed
     answers: Literal["main", "socratic"]
     train_rows: Count
     test_rows: Count
@@ -161,11 +173,11 @@ class Lora(Params):
 
 
 class Distill(Params):
-    """The training run that every adapter shares (paper section 3; <experiment>/distill.ipynb).
+    """How every student is trained (paper section 3; <experiment>/distill.ipynb).
 
     `batch_rows` examples make one update. `step` picks how it is computed: `eager`, the reference, on any device;
     `graph`, CUDA graphs; `auto`, graphs where there is a GPU and the student is a Llama. `jsd_beta` is the teacher's
-    share of the mixture in `divergence: jsd`. `dropout` is that of every adapter but those in `dropouts`. `quirks`
+    share of the mixture in `divergence: jsd`. `dropout` is that of every student but those in `dropouts`. `quirks`
     switches single ones of the published protocol on in `aligned` (docs/protocol.md); a sixth, the cosine's period of
     one epoch, is `cosine_steps`.
     """
@@ -205,7 +217,7 @@ class Search(Params):
     than for one."""
 
     trials: Count
-    seeds: list[Seed] = Field(default=[1, 2, 3], min_length=1)
+    seeds: Seeds = [1, 2, 3]
     alpha: list[Probability] = Field(min_length=2, max_length=2)
     temperature: list[Positive] = Field(min_length=2, max_length=2)
     learning_rate: list[Positive] | None = Field(default=None, min_length=2, max_length=2)
@@ -220,28 +232,11 @@ class Search(Params):
                 raise ValueError(f"{name}: expected [low, high], found [{low}, {high}]")
         return self
 
-    @model_validator(mode="after")
-    def _seeds_differ(self) -> Search:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: a seed stands twice; name each once")
-        return self
-
-
-class Adapter(Params):
-    """One student to train: from the teacher's answers to a prompt, or (`needs: data`) from the labels alone."""
-
-    needs: str
-
-    @property
-    def prompt(self) -> str | None:
-        """The prompt whose teacher store it learns from; None for the fine-tuning control."""
-        return None if self.needs == "data" else self.needs.removeprefix("teacher/")
-
 
 class Assess(Params):
     """How responses are generated: many at once, in a key-value cache of at most `batch_tokens` positions.
 
-    A response ends at an end token, before one of the strings `stop`, or at the limit; an experiment can have its own.
+    A response ends at an end token, before one of the strings `stop`, or at the limit.
     """
 
     batch_tokens: Count
@@ -249,18 +244,43 @@ class Assess(Params):
     stop: list[Stop] = []
 
 
-class Experiment(Params):
-    """One row of the table: the bare student (`needs: data`) or one adapter, and how it is asked."""
+class Untrained(Params):
+    """A row of the bare student: what it is asked behind each question, and how, where not as `assess` says."""
 
-    needs: str
     suffix: str = ""
-    max_new_tokens: Count
-    stop: list[Stop]
+    max_new_tokens: Count | None = None
+    stop: list[Stop] | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A student's training with one seed: from the teacher behind `prompt`, or (None) from the labels alone."""
+
+    student: str
+    seed: int
+    prompt: str | None
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A student that answers the test questions: as it came of one seed's training, or (None) untrained."""
+
+    student: str
+    seed: int | None
+    suffix: str
+    max_new_tokens: int
+    stop: tuple[str, ...]
 
     @property
     def adapter(self) -> str | None:
         """The adapter it loads; None for the bare student."""
-        return None if self.needs == "data" else self.needs.removeprefix("adapters/")
+        return None if self.seed is None else run_name(self.student, self.seed)
+
+    @property
+    def asked(self) -> tuple[str, int, tuple[str, ...]]:
+        """How it is asked."""
+        return self.suffix, self.max_new_tokens, self.stop
 
 
 class Needs(Params):
@@ -286,23 +306,23 @@ class Attention(Params):
 class Config(Params):
     """A whole params.yaml.
 
-    Each of the `prompts`, texts by name, makes one student and one row of the table, both called <prompt>-kd. They
-    stand in `adapters` and `experiments` behind those that the file has there: students without a prompt of their own,
-    and other rows.
+    Each of the `prompts`, texts by name, makes a student called <prompt>-kd; `controls` are students that learn from
+    the labels alone. Each is trained once for each of `seeds`: such a run, its adapter and its log are called
+    <student>-<seed>. `untrained` are rows of the bare student, which needs no seed.
     """
 
     profile: Name
-    seed: Seed
+    seeds: Seeds
     needs: Needs = Needs()
     dataset: Dataset
     teacher: Teacher
     prompts: dict[Name, str]
+    controls: list[Name]
+    untrained: dict[Name, Untrained]
     student: Student
     distill: Distill
     search: Search
-    adapters: dict[Name, Adapter] = {}
     assess: Assess
-    experiments: dict[Name, Experiment] = {}
     attention: Attention
     launcher: str = ""  # put before `kd teacher` and `kd assess`, such as `srun` or `torchrun --no-python`
 
@@ -320,50 +340,112 @@ class Config(Params):
         """Where this profile's results lie."""
         return Path("artifacts") / self.profile
 
-    def dropout(self, adapter: str) -> float:
-        """The dropout that an adapter is trained with."""
-        return self.distill.dropouts.get(adapter, self.distill.dropout)
+    @property
+    def students(self) -> dict[str, str | None]:
+        """The students that are trained, each with the prompt whose teacher it learns from (None: labels alone)."""
+        return dict.fromkeys(self.controls) | {f"{prompt}-kd": prompt for prompt in self.prompts}
+
+    @property
+    def runs(self) -> dict[str, dict[int | None, str]]:
+        """The names of what answers the test questions: of each untrained row (seed None) and each student, by seed."""
+        untrained: dict[str, dict[int | None, str]] = {name: {None: name} for name in self.untrained}
+        return untrained | {name: {seed: run_name(name, seed) for seed in self.seeds} for name in self.students}
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Every training, by the run's name."""
+        distill = self.distill
+        return {
+            run_name(student, seed): Adapter(student, seed, prompt, distill.dropouts.get(student, distill.dropout))
+            for student, prompt in self.students.items()
+            for seed in self.seeds
+        }
+
+    @property
+    def experiments(self) -> dict[str, Experiment]:
+        """Every assessment, by the run's name: the untrained rows, then the students'."""
+        return {
+            run: Experiment(student, seed, *self._asked(self.untrained.get(student, Untrained())))
+            for student, runs in self.runs.items()
+            for seed, run in runs.items()
+        }
+
+    def _asked(self, row: Untrained) -> tuple[str, int, tuple[str, ...]]:
+        """How a row is asked: as `assess` says where it does not say it itself."""
+        stop = self.assess.stop if row.stop is None else row.stop
+        return row.suffix, row.max_new_tokens or self.assess.max_new_tokens, tuple(stop)
 
     @model_validator(mode="before")
     @classmethod
-    def _as_assess_says(cls, document: Any) -> Any:
-        """An experiment has of `assess` what it does not say itself."""
-        if not isinstance(document, dict):
-            return document
-        assess, experiments = document.get("assess"), document.get("experiments")
-        if not isinstance(assess, dict) or not isinstance(experiments, dict):
-            return document
-        common = {"stop": [], **{key: assess[key] for key in ("max_new_tokens", "stop") if key in assess}}
-        filled = {name: common | one if isinstance(one, dict) else one for name, one in experiments.items()}
-        return document | {"experiments": filled}
+    def _no_keys_of_before(cls, document: Any) -> Any:
+        if isinstance(document, dict) and (old := document.keys() & OLD_KEYS.keys()):
+            raise ValueError("; ".join(OLD_KEYS[key](document) for key in OLD_KEYS if key in old))
+        return document
 
     @model_validator(mode="after")
-    def _students_of_prompts(self) -> Config:
-        asked = self.assess.model_dump(exclude={"batch_tokens"})
-        for prompt in self.prompts:
-            name = f"{prompt}-kd"
-            for key, mapping in (("adapters", self.adapters), ("experiments", self.experiments)):
-                if name in mapping:
-                    raise ValueError(f"{key}.{name}: `prompts.{prompt}` makes it already; remove it here")
-            self.adapters[name] = Adapter(needs=f"teacher/{prompt}")
-            self.experiments[name] = Experiment(needs=f"adapters/{name}", **asked)
-        if not self.experiments:
-            raise ValueError("experiments: none, and no prompt that would make one; profiles/mini.yaml has some")
-        return self
-
-    @model_validator(mode="after")
-    def _references_exist(self) -> Config:
+    def _names_are_there(self) -> Config:
+        if not self.runs:
+            raise ValueError("untrained: empty, as are `prompts` and `controls`; profiles/mini.yaml has some of each")
         if "head" in self.prompts:  # kd/store/head.py
             raise ValueError("prompts.head: beside the prompts' stores lies a folder of that name; choose another")
-        stores = ["data", *(f"teacher/{prompt}" for prompt in self.prompts)]
-        for name, adapter in self.adapters.items():
-            _require(adapter.needs, stores, f"adapters.{name}.needs", "need")
-        for name in self.distill.dropouts:
-            _require(name, self.adapters, f"distill.dropouts.{name}", "adapter")
-        students = ["data", *(f"adapters/{name}" for name in self.adapters)]
-        for name, experiment in self.experiments.items():
-            _require(experiment.needs, students, f"experiments.{name}.needs", "need")
+        for student in self.distill.dropouts:
+            if student not in self.students:
+                expected = _expected(student, list(self.students))
+                raise ValueError(f"distill.dropouts.{student}: unknown student {student!r}, {expected}")
         return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Config:
+        """Of students, untrained rows and runs: on the command line each stands for something else."""
+        students = [(f"prompts.{prompt}", f"{prompt}-kd") for prompt in self.prompts]
+        students += [("controls", name) for name in self.controls]
+        taken = {run_name(name, seed): f"{name} with seed {seed}" for _, name in students for seed in self.seeds}
+        for key, name in [*students, *((f"untrained.{name}", name) for name in self.untrained)]:
+            if name in taken:
+                raise ValueError(f"{key}: the name {name!r} is that of {taken[name]}; choose another")
+            taken[name] = f"a student by `{key}`"
+        return self
+
+
+def run_name(student: str, seed: int) -> str:
+    """What a student's run with one seed is called, and its stage, adapter and log."""
+    return f"{student}-{seed}"
+
+
+def runs_named(name: str, known: Mapping[str, Adapter] | Mapping[str, Experiment]) -> list[str]:
+    """The runs that a name on the command line stands for: one, or all of a student."""
+    if found := [run for run, one in known.items() if name in (run, one.student)]:
+        return found
+    students = list(dict.fromkeys(one.student for one in known.values()))
+    seeded = [run for run, one in known.items() if run != one.student]
+    runs = f", or a run, such as {seeded[0]}" if seeded else ""
+    close = difflib.get_close_matches(name, [*students, *seeded], n=1)
+    raise UserError(
+        f"{name}: unknown student, expected one of {', '.join(students)}{runs}"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+    )
+
+
+def run_named(name: str, known: Mapping[str, Adapter] | Mapping[str, Experiment]) -> str:
+    """The one run that a name on the command line stands for."""
+    run, *others = runs_named(name, known)
+    if others:
+        raise UserError(f"{name}: has several runs here, {', '.join([run, *others])}; name one of them")
+    return run
+
+
+def _seed_of_before(document: dict[str, Any]) -> str:
+    said = f"seed: a list now, `seeds: [{document['seed']}]`"
+    dataset = document.get("dataset")
+    of_problems = isinstance(dataset, dict) and dataset.get("source") == "miniature"
+    return said + (f", and that of the problems is `dataset.seed: {document['seed']}`" if of_problems else "")
+
+
+OLD_KEYS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "seed": _seed_of_before,
+    "adapters": lambda _: "adapters: `controls: [fine-tuning]` now, a list of those that learn from the labels alone",
+    "experiments": lambda _: "experiments: `untrained` now, with the rows of the bare student alone, without `needs`",
+}
 
 
 def load_config(path: Path) -> Config:
@@ -407,11 +489,6 @@ def choose(name: str, known: dict[str, Any] | list[str], what: str, key: str) ->
 def _home(path: str) -> Path:
     """A path as a shell takes it; `~` before a name that is no user's stays."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises there)
-
-
-def _require(value: str, known: dict[str, Any] | list[str], key: str, what: str) -> None:
-    if value not in known:
-        raise ValueError(f"{key}: unknown {what} {value!r}, {_expected(value, list(known))}")
 
 
 def _expected(name: str, known: list[str]) -> str:

@@ -37,7 +37,7 @@ def tiny_params(tiny_llama: Path) -> dict[str, Any]:
     params["dataset"] |= {"answers": "socratic", "train_rows": 12, "test_rows": 6}
     params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": str(tiny_llama)}
     params["distill"] |= {"protocol": "published", "epochs": 2, "cosine_steps": 12, "dropouts": {}}
-    params["assess"]["max_new_tokens"] = params["experiments"]["no-distillation"]["max_new_tokens"] = 6
+    params["assess"]["max_new_tokens"] = params["untrained"]["no-distillation"]["max_new_tokens"] = 6
     return params
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -122,7 +123,8 @@ def test_every_command_of_dvcs_that_is_named_parses(arguments: list[str]) -> Non
 
 def keys(stage: dict[str, Any], params: dict[str, Any]) -> list[str]:
     if "matrix" in stage:
-        return [f"{prompt}-kd" for prompt in params["prompts"]]
+        filled = {key: params[of.strip("${}")] if isinstance(of, str) else of for key, of in stage["matrix"].items()}
+        return ["-".join(map(str, names)) for names in product(*filled.values())]
     return list(params[stage["foreach"].strip("${}")]) if "foreach" in stage else [""]
 
 
@@ -188,7 +190,23 @@ MY_ROWS = {"source": "folder", "path": ".", "answers": "socratic", "train_rows":
             "belongs to `backend: exllamav2`, not to transformers; remove it",
             {"teacher.cache": None},
         ),
-        ({"adapters.base-kd": {"needs": "teacher/base"}}, "makes it already; remove it", {"adapters.base-kd": ...}),
+        ({"controls": ["base-kd-1"]}, "choose another", {"controls": ["another"]}),
+        ({"untrained.base-kd": {}}, "choose another", {"untrained.base-kd": ..., "untrained.another": {}}),
+        (
+            {"seed": 7, "seeds": ..., "dataset.seed": ...},
+            "seed: a list now, `seeds: [7]`, and that of the problems is `dataset.seed: 7`",
+            {"seed": ..., "seeds": [7], "dataset.seed": 7},
+        ),
+        (
+            {"adapters": {"fine-tuning": {"needs": "data"}}, "controls": ...},
+            "adapters: `controls: [fine-tuning]` now",
+            {"adapters": ..., "controls": ["fine-tuning"]},
+        ),
+        (
+            {"experiments": {"bare": {"needs": "data"}}, "untrained": ...},
+            "`untrained` now, with the rows of the bare student alone, without `needs`",
+            {"experiments": ..., "untrained": {"bare": {}}},
+        ),
         ({"distill.dropouts": {"bsae-kd": 0.2}}, "did you mean 'base-kd'?", {"distill.dropouts": {"base-kd": 0.2}}),
         ({"search.alpha": [0.9, 0.1]}, "expected [low, high]", {"search.alpha": [0.1, 0.9]}),
         ({"dataset": MY_ROWS}, "set `dataset.answers: main`", {"dataset": MY_ROWS | {"answers": "main"}}),
@@ -318,10 +336,10 @@ TEACHER, HEAD = "teacher/base/manifest.json", "teacher/head/manifest.json"
         *(("teacher/base/states-00000.safetensors", spoil, "statistics") for spoil in (cut, Path.unlink)),
         *(("teacher/head/head.safetensors", spoil, "statistics") for spoil in (cut, Path.unlink)),
         ("statistics.json", cut, "report"),
-        ("adapters/base-kd/check.json", junk, "report"),
-        ("adapters/base-kd/adapter_model.safetensors", Path.unlink, "assess base-kd"),
+        ("adapters/base-kd-1/check.json", junk, "report"),
+        ("adapters/base-kd-1/adapter_model.safetensors", Path.unlink, "assess base-kd"),
         ("data/test.jsonl", Path.unlink, "assess base-kd"),
-        ("logs/base-kd.csv", Path.unlink, "report"),
+        ("logs/base-kd-1.csv", Path.unlink, "report"),
     ],
 )
 @pytest.mark.usefixtures("in_a_copy")

@@ -34,6 +34,7 @@ STAGES = {
     "train-control": "kd.distill.train",
     "assess": "kd.assess.run",
     "assess-control": "kd.assess.run",
+    "assess-untrained": "kd.assess.run",
     "report": "kd.report.run",
     "attention": "kd.report.attention",
     "audit": "kd.audit.run",
@@ -167,7 +168,7 @@ def other_data(_: dict[str, Any], __: pytest.MonkeyPatch) -> None:
 def other_params(params: dict[str, Any], _: pytest.MonkeyPatch) -> None:
     params["teacher"]["batch_rows"] = 2
     params["distill"]["alpha"] = 0.5
-    params["experiments"]["no-distillation"]["suffix"] = " Answer:"
+    params["untrained"]["no-distillation"]["suffix"] = " Answer:"
 
 
 def other_libraries(_: dict[str, Any], patch: pytest.MonkeyPatch) -> None:

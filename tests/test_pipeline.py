@@ -18,7 +18,7 @@ from params import keep
 from ruamel.yaml import YAML
 
 SUMMARIES = {"statistics", "report", "attention"}  # which read every student
-STUDENTS = {"train", "assess", "assess-control", "statistics"}  # what `kd students` runs side by side
+STUDENTS = {"train", "assess", "assess-untrained", "statistics"}  # what `kd students` runs side by side
 FILES = ("kd", "profiles", "reviews", "dvc.yaml", ".dvcignore", ".gitignore")
 
 
@@ -69,7 +69,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     shutil.copytree(tiny_llama, folder / "llama")
     params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": "llama"}
     params["distill"]["cosine_steps"] = 8
-    params["assess"]["max_new_tokens"] = params["experiments"]["no-distillation"]["max_new_tokens"] = 4
+    params["assess"]["max_new_tokens"] = params["untrained"]["no-distillation"]["max_new_tokens"] = 4
     keep(params, "no-distillation", "base-kd", "teacher-kd")
     write_params(folder, params)
     for command in (
@@ -101,7 +101,7 @@ def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path, table: str) ->
     assert ran(repro(clone)) == {"inputs"}
     assert (clone / "artifacts/mini/report/accuracy.png").exists()
 
-    repro(clone, "--force", "--single-item", "teacher@teacher", "train@teacher-kd", "assess@teacher-kd", "report")
+    repro(clone, "--force", "--single-item", "teacher@teacher", "train@teacher-kd-1", "assess@teacher-kd-1", "report")
     assert outputs(clone) == first
     assert not unfinished(clone / "artifacts")
 
@@ -111,7 +111,7 @@ def test_a_change_reruns_only_what_it_reaches(clone: Path) -> None:
     params = YAML(typ="safe").load(clone / "params.yaml")
     params["prompts"]["teacher"] = "Teach me. "
     write_params(clone, params)
-    teacher = {"teacher@teacher", "train@teacher-kd", "assess@teacher-kd"}
+    teacher = {"teacher@teacher", "train@teacher-kd-1", "assess@teacher-kd-1"}
     assert ran(repro(clone)) == {"inputs", *teacher, *SUMMARIES}
 
 
@@ -121,20 +121,36 @@ def test_another_prompt_is_another_line(clone: Path) -> None:
     before, params, lock = outputs(clone), (clone / "params.yaml").read_text(), (clone / "dvc.lock").read_text()
     (clone / "params.yaml").write_text(params.replace("\nprompts:\n", "\nprompts:\n  socratic: 'Ask back. '\n"))
     said = repro(clone)
-    assert ran(said) == {"inputs", "teacher@socratic", "train@socratic-kd", "assess@socratic-kd", *SUMMARIES}
-    made = {f"artifacts/mini/{path}" for path in ("teacher/socratic", "adapters/socratic-kd", "logs/socratic-kd.csv")}
+    assert ran(said) == {"inputs", "teacher@socratic", "train@socratic-kd-1", "assess@socratic-kd-1", *SUMMARIES}
+    made = {
+        f"artifacts/mini/{path}" for path in ("teacher/socratic", "adapters/socratic-kd-1", "logs/socratic-kd-1.csv")
+    }
     assert outputs(clone).keys() == before.keys() | made
     assert json.loads((clone / "artifacts/mini/teacher/socratic/manifest.json").read_text())["prompt"] == {
         "name": "socratic",
         "text": "Ask back. ",
     }
-    assert "prompt of its teacher: Ask back." in (clone / "artifacts/mini/adapters/socratic-kd/README.md").read_text()
+    assert "prompt of its teacher: Ask back." in (clone / "artifacts/mini/adapters/socratic-kd-1/README.md").read_text()
     assert "socratic-kd" in (clone / "artifacts/mini/report/results.md").read_text()
     (clone / "params.yaml").write_text(params)
     (clone / "dvc.lock").write_text(lock)  # DVC keeps in it, and on the disk, what no prompt makes any more
     for path in made:
         subprocess.run(["rm", "-r", clone / path], check=True)
     assert ran(repro(clone)) == {"inputs"}
+
+
+@pytest.mark.usefixtures("table")
+def test_another_seed_is_trained_and_assessed_and_nothing_else_is_done_again(clone: Path) -> None:
+    repro(clone)
+    params = (clone / "params.yaml").read_text()
+    with_another = YAML(typ="safe").load(params)
+    with_another["seeds"] = [2, 1]
+    write_params(clone, with_another)
+    trained = {"train@base-kd-2", "train@teacher-kd-2"}
+    assert ran(repro(clone, "--dry", "train")) == {"inputs", *trained}
+    changed = set(json.loads(run(clone, "dvc", "status", "--json").stdout))
+    assert changed == {"inputs", *trained, "assess@base-kd-2", "assess@teacher-kd-2", "report", "attention"}
+    (clone / "params.yaml").write_text(params)
 
 
 def forget_students(folder: Path) -> None:
@@ -165,14 +181,14 @@ def test_students_run_side_by_side_and_end_in_the_lock_of_one_after_the_other(cl
     assert not {path.name for path in adapters.glob("*-kd")}
 
     (adapters / ".partial").mkdir(parents=True, exist_ok=True)
-    (adapters / ".partial/base-kd").touch()  # is in the way of one student
+    (adapters / ".partial/base-kd-1").touch()  # is in the way of one student
     failing = run(clone, *command)
     assert failing.returncode == 1
-    assert "train@base-kd failed: kd: artifacts/mini/adapters/.partial/base-kd: a file is where" in failing.stderr
-    assert "kd: train@base-kd failed, and assess@base-kd could not begin without; mend" in failing.stderr
-    assert outputs(clone).keys() >= {"artifacts/mini/logs/teacher-kd.csv", "artifacts/mini/logs/no-distillation.csv"}
+    assert "train@base-kd-1 failed: kd: artifacts/mini/adapters/.partial/base-kd-1: a file is where" in failing.stderr
+    assert "kd: train@base-kd-1 failed, and assess@base-kd-1 could not begin without; mend" in failing.stderr
+    assert outputs(clone).keys() >= {"artifacts/mini/logs/teacher-kd-1.csv", "artifacts/mini/logs/no-distillation.csv"}
 
-    (adapters / ".partial/base-kd").unlink()
+    (adapters / ".partial/base-kd-1").unlink()
     going_on = run(clone, *command)
     assert going_on.returncode == 0, going_on.stderr
     assert "> python -m kd assess base-kd" in going_on.stderr
@@ -182,11 +198,11 @@ def test_students_run_side_by_side_and_end_in_the_lock_of_one_after_the_other(cl
     assert not unfinished(clone / "artifacts")
 
 
-@pytest.mark.parametrize("stage", ["train@base-kd", "teacher@base"])
+@pytest.mark.parametrize("stage", ["train@base-kd-1", "teacher@base"])
 @pytest.mark.usefixtures("table")
 def test_a_killed_stage_leaves_no_result_and_runs_again(clone: Path, stage: str) -> None:
     expected = outputs(clone)
-    folder = {"train@base-kd": "adapters/base-kd", "teacher@base": "teacher/base"}[stage]
+    folder = {"train@base-kd-1": "adapters/base-kd-1", "teacher@base": "teacher/base"}[stage]
     md5 = expected[f"artifacts/mini/{folder}"]
     (clone / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()  # or DVC restores the result instead of running
     work = (clone / "artifacts/mini" / folder).parent / ".partial" / Path(folder).name
@@ -256,7 +272,7 @@ def test_an_experiment_in_dvcs_queue_runs_its_own_copy_of_the_code(clone: Path) 
     assert run(clone, *commit).returncode == 0
     with (clone / "kd/data/gsm8k.py").open("a") as file:
         file.write("\nimport sys\n\nprint('code of', Path.cwd() == Path(__file__).parents[2], file=sys.stderr)\n")
-    change = "experiments.no-distillation.max_new_tokens=3"
+    change = "untrained.no-distillation.max_new_tokens=3"
     assert run(clone, "dvc", "exp", "run", "--queue", "--name", "shorter", "--set-param", change).returncode == 0
     assert run(clone, "dvc", "queue", "start").returncode == 0
     deadline = time.monotonic() + 300
@@ -266,4 +282,4 @@ def test_an_experiment_in_dvcs_queue_runs_its_own_copy_of_the_code(clone: Path) 
     assert "code of True" in said
     assert "code of False" not in said
     # The code of `inputs` and `prepare` is changed, their results are not.
-    assert ran(said) == {"inputs", "prepare", "assess-control@no-distillation", "report", "attention"}
+    assert ran(said) == {"inputs", "prepare", "assess-untrained@no-distillation", "report", "attention"}

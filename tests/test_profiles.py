@@ -38,9 +38,10 @@ def test_stages_hang_together(profile: Config) -> None:
         made = [Path(out.def_path) for stage in stages for out in stage.outs]
         names = {stage.addressing for stage in stages}
         assert {f"teacher@{name}" for name in profile.prompts} <= names
-        taught = {f"{name}-kd" for name in profile.prompts}
-        for stage, all_of_it in (("train", profile.adapters), ("assess", profile.experiments)):
-            assert {f"{stage}@{name}" if name in taught else f"{stage}-control@{name}" for name in all_of_it} <= names
+        kinds = dict.fromkeys(profile.untrained, "-untrained") | dict.fromkeys(profile.controls, "-control")
+        kinds |= {f"{name}-kd": "" for name in profile.prompts}
+        for stage, runs in (("train", profile.adapters), ("assess", profile.experiments)):
+            assert {f"{stage}{kinds[one.student]}@{run}" for run, one in runs.items()} <= names
         for stage in stages:
             python, m, kd, *arguments = shlex.split(stage.cmd)
             assert [python, m, kd] == ["python", "-m", "kd"]  # the code of the folder, whichever kd is installed

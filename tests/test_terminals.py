@@ -45,7 +45,7 @@ def open_row(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]
     keep(tiny_params, "base-kd")
     write_params(tiny_params)
     tests = prepare_tests([(TEXT, "#### 7")])
-    log = Path("artifacts/mini/logs/base-kd.csv")
+    log = Path("artifacts/mini/logs/base-kd-1.csv")
     log.parent.mkdir()
     log.write_text(log_text(tests, [TEXT], [Response(" \N{SNOWMAN}, I think", 3, False)]), encoding="utf-8", newline="")
     return log

@@ -13,17 +13,14 @@ from kd.models.load import default_device, load_model, load_tokenizer, model_fol
 
 
 def student_names(config: Config) -> list[str]:
-    """The students, each by the name of one experiment: the first that asks it the bare question, or else the first.
+    """The bare student and every run of a trained one.
 
-    Experiments with one adapter share a student, and so do those without any: both controls of the profiles ask the
-    bare student, which is called `no-distillation-matched` here.
+    The former is called by one of its rows, the first that asks it the bare question, or else the first: in the
+    profiles, where both controls ask it, `no-distillation-matched`.
     """
-    chosen: dict[str | None, str] = {}
-    for name, experiment in config.experiments.items():
-        first = chosen.setdefault(experiment.adapter, name)
-        if config.experiments[first].suffix and not experiment.suffix:
-            chosen[experiment.adapter] = name
-    return list(chosen.values())
+    rows = {name: one for name, one in config.experiments.items() if one.adapter is None}
+    bare = [name for name, one in rows.items() if not one.suffix] or list(rows)
+    return [*bare[:1], *config.adapters]
 
 
 class Students:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def assess(config: Config, experiment: str, *, exact: bool = False) -> None:
     process = this_process()
     take_gpus(process)
     questions = read_questions(config, experiment)
-    target, key = log_file(config, experiment), _key(config, experiment, exact)
+    target, key = log_file(config, experiment), log_key(config, experiment, exact)
     count = len(questions.rows)
     with (
         unfinished_folder(target, key, process) as work,
@@ -164,7 +164,7 @@ def _refuse_failed(rows: Sequence[Row], questions: Questions, consequence: str) 
         raise WorkFailedError(f"{', '.join(failed)}; {consequence}")
 
 
-def _key(config: Config, experiment: str, exact: bool) -> str:
+def log_key(config: Config, experiment: str, exact: bool) -> str:
     """The key of all that shapes a log."""
     adapter = adapter_folder(config, experiment)
     return fingerprint.key(
@@ -172,7 +172,7 @@ def _key(config: Config, experiment: str, exact: bool) -> str:
         {
             "student": config.student.model_dump(),
             "assess": config.assess.model_dump(),
-            "experiment": config.experiments[experiment].model_dump(),
+            "experiment": asdict(config.experiments[experiment]),
             "exact": exact,
         },
         files=[

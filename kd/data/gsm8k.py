@@ -18,9 +18,9 @@ from kd.io.files import json_lines, whole_folder, write_text
 from kd.io.text import refuse_half_characters
 
 
-def prepare(dataset: config.Dataset, seed: int, target: Path) -> None:
+def prepare(dataset: config.Dataset, target: Path) -> None:
     """Write the experiment's rows to `target`/train.jsonl and test.jsonl."""
-    splits = _load(dataset, seed)
+    splits = _load(dataset)
     wanted = {"train": dataset.train_rows, "test": dataset.test_rows}
     with whole_folder(target) as work:
         for split, rows in splits.items():
@@ -38,18 +38,18 @@ def source_files(dataset: config.FolderDataset) -> list[Path]:
     return [dataset.folder / f"{split}{kind}.jsonl" for split in ("train", "test") for kind in kinds]
 
 
-def _load(dataset: config.Dataset, seed: int) -> dict[str, list[Example]]:
+def _load(dataset: config.Dataset) -> dict[str, list[Example]]:
     match dataset:
         case config.MiniatureDataset():
-            return _miniature(dataset, seed)
+            return _miniature(dataset)
         case config.FolderDataset():
             return {split: _folder_split(dataset.folder, split, dataset.answers) for split in ("train", "test")}
         case config.HubDataset():
             return {split: _hub_split(dataset, split) for split in ("train", "test")}
 
 
-def _miniature(dataset: config.MiniatureDataset, seed: int) -> dict[str, list[Example]]:
-    problems = miniature.problems(dataset.train_rows + dataset.test_rows, seed, dataset.steps)
+def _miniature(dataset: config.MiniatureDataset) -> dict[str, list[Example]]:
+    problems = miniature.problems(dataset.train_rows + dataset.test_rows, dataset.seed, dataset.steps)
     rows = [
         (p.question, p.main_answer, p.main_answer if dataset.answers == "main" else p.socratic_answer) for p in problems
     ]

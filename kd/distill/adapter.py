@@ -16,12 +16,12 @@ from kd.protocol.alignment import Matches
 VERSIONS = ("torch", "transformers", "peft")
 
 
-def fresh_student(config: Config, experiment: str) -> Any:
+def fresh_student(config: Config, run: str) -> Any:
     """The student with a new adapter, seeded, on the device it is trained on."""
-    device = default_device()
-    torch.manual_seed(config.seed)  # for LoRA's initialisation and dropout
+    device, adapter = default_device(), config.adapters[run]
+    torch.manual_seed(adapter.seed)  # for LoRA's initialisation and dropout
     base = load_model(model_folder(config.student.model), config.student.dtype, device)
-    return add_lora(base, config, config.dropout(experiment)).train()
+    return add_lora(base, config, adapter.dropout).train()
 
 
 def add_lora(base: Any, config: Config, dropout: float) -> Any:
@@ -43,13 +43,13 @@ def add_lora(base: Any, config: Config, dropout: float) -> Any:
     )
 
 
-def save_adapter(student: Any, config: Config, experiment: str, matches: Matches, folder: Path) -> None:
+def save_adapter(student: Any, config: Config, run: str, matches: Matches, folder: Path) -> None:
     """PEFT's own format, the same bytes each time, with a card that says what the adapter is."""
     for adapter in student.peft_config.values():
         adapter.target_modules = sorted(adapter.target_modules)  # PEFT keeps a set, whose order changes by process
     # "auto" would ask the Hub whether the base model's vocabulary was resized; it never is here.
     student.save_pretrained(folder, save_embedding_layers=False)
-    write_text(folder / "README.md", _card(config, experiment, matches))
+    write_text(folder / "README.md", _card(config, run, matches))
 
 
 def counts(matches: Matches) -> str:
@@ -66,10 +66,10 @@ def _some(ids: list[str]) -> str:
     return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
 
 
-def _card(config: Config, experiment: str, matches: Matches) -> str:
-    adapter, settings, data = config.adapters[experiment], config.distill, config.dataset
+def _card(config: Config, run: str, matches: Matches) -> str:
+    adapter, settings, data = config.adapters[run], config.distill, config.dataset
     base = model_name(config.student.model)
-    source = f"teacher store `{adapter.needs}`" if adapter.prompt else "labels alone (no teacher)"
+    source = f"teacher store `teacher/{adapter.prompt}`" if adapter.prompt else "labels alone (no teacher)"
     text = config.prompts[adapter.prompt].strip() if adapter.prompt else ""
     prompt = f"- prompt of its teacher: {text or 'none'}\n" if adapter.prompt else ""
     quirks = f" (but for {', '.join(settings.quirks)})" if settings.quirks else ""
@@ -79,14 +79,14 @@ def _card(config: Config, experiment: str, matches: Matches) -> str:
 base_model: {base}
 library_name: peft
 ---
-# {experiment}
+# {run}
 
-A LoRA adapter of {base}, trained by `kd train {experiment}` (profile {config.profile}).
+A LoRA adapter of {base}, trained by `kd train {run}` (profile {config.profile}).
 {llama}
 - learns from: {source}
 {prompt}- data: {data.train_rows} rows, {data.source}, {data.answers} answers; {counts(matches)}
 - protocol: {settings.protocol}{quirks}, {settings.divergence}, T {settings.temperature}, alpha {settings.alpha}, \
 {settings.epochs} epochs, {settings.batch_rows} examples an update
-- seed: {config.seed}
+- seed: {adapter.seed}
 - versions: {versions}
 """

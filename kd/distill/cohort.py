@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kd.config import Config, Distill
+from kd.config import Adapter, Config, Distill
 from kd.distill import checkpoint
 from kd.distill.adapter import fresh_student, save_adapter
 from kd.distill.checkpoint import Record
@@ -43,11 +43,16 @@ ENDED = "cohort.json"  # in a cohort's folder once it is over: whom it trained, 
 
 @dataclass(frozen=True)
 class Member:
-    """One student of a cohort: its params, the adapter's name in them, and what it learns from."""
+    """One student of a cohort: its params, the run's name in them, and what it learns from."""
 
     config: Config
-    experiment: str
+    run: str
     lesson: Lesson
+
+    @property
+    def adapter(self) -> Adapter:
+        """What is trained."""
+        return self.config.adapters[self.run]
 
     @property
     def settings(self) -> Distill:
@@ -58,12 +63,12 @@ class Member:
     @property
     def name(self) -> str:
         """Whose it is, in messages."""
-        return f"{self.config.profile}/{self.experiment}"
+        return f"{self.config.profile}/{self.run}"
 
     @property
     def folder(self) -> Path:
         """Where its adapter goes."""
-        return self.config.artifacts / "adapters" / self.experiment
+        return self.config.artifacts / "adapters" / self.run
 
 
 class CohortLoss(torch.autograd.Function):
@@ -156,12 +161,12 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
     """Train the adapters of several runs at once and write each as `kd train` does, without curve and check loss.
 
     `state` is the folder of the unfinished work, and in the end holds `cohort.json`: the `students` as
-    <profile>/<experiment>, and those that `diverged`, which get no adapter. A UserError where the runs cannot share a
+    <profile>/<run>, and those that `diverged`, which get no adapter. A UserError where the runs cannot share a
     forward.
     """
     members = [Member(*run, lesson) for run, lesson in zip(runs, _lessons(runs), strict=True)]
     matches = [member.lesson.matches.kept for member in members]
-    keys = [run_key(member.config, member.experiment, __name__) for member in members]
+    keys = [run_key(member.config, member.run, __name__) for member in members]
     lower = [f"the number of its students ({len(runs)})", *lowerable(members[0].config)]
     with (
         resumable_folder(state, hashlib.sha256("".join(keys).encode()).hexdigest()[:16]) as work,
@@ -189,7 +194,7 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
                 continue
             cohort.show(number)
             with whole_folder(member.folder) as folder, system_errors(folder):
-                save_adapter(student, member.config, member.experiment, member.lesson.matches, folder)
+                save_adapter(student, member.config, member.run, member.lesson.matches, folder)
         for path in work.iterdir():
             shutil.rmtree(path)
         write_json(work / ENDED, {"students": [member.name for member in members], "diverged": diverged})
@@ -198,11 +203,12 @@ def train_cohort(runs: list[tuple[Config, str]], state: Path) -> None:
 def _lessons(runs: list[tuple[Config, str]]) -> Iterator[Lesson]:
     """Each run's lesson, made once for runs of the same data, teacher and params that differ in their seed alone."""
     made: dict[tuple[str, ...], Lesson] = {}
-    for config, experiment in runs:
+    for config, run in runs:
+        prompt = config.adapters[run].prompt
         read = [str((config.artifacts / part).resolve()) for part in ("data", "teacher")]
-        key = experiment, config.model_copy(update={"profile": "", "seed": 0}).model_dump_json(), *read
+        key = str(prompt), config.model_copy(update={"profile": "", "seeds": []}).model_dump_json(), *read
         if key not in made:
-            made[key] = prepare_lesson(config, experiment)
+            made[key] = prepare_lesson(config, prompt)
         yield made[key]
 
 
@@ -211,12 +217,12 @@ def begin(members: list[Member], matches: list[list[Match]]) -> tuple[Any, Cohor
     _check_alike(members, matches)
     starts: dict[int, torch.Tensor] = {}
     for member in members:
-        if member.config.seed not in starts:
-            student = fresh_student(member.config, member.experiment)
+        if member.adapter.seed not in starts:
+            student = fresh_student(member.config, member.run)
             trained = [p.detach().flatten() for p in student.parameters() if p.requires_grad]
-            starts[member.config.seed] = torch.cat(trained)
+            starts[member.adapter.seed] = torch.cat(trained)
     settings = [member.settings for member in members]
-    cohort = Cohort(student, [starts[member.config.seed].clone() for member in members], settings)
+    cohort = Cohort(student, [starts[member.adapter.seed].clone() for member in members], settings)
     graph = student.device.type == "cuda" and settings[0].step != "eager"
     kind = GraphStep if graph else EagerStep
     return student, cohort, kind(cohort, _head(members).to(str(student.device)), student.device)
@@ -279,7 +285,9 @@ def _check_alike(members: list[Member], matches: list[list[Match]]) -> None:
     first = members[0]
     inputs = [match.input_ids for match in matches[0]]
     for member, own in zip(members, matches, strict=True):
-        common = [(m.settings.model_dump(exclude=set(apart)), m.config.student, _dropout(m)) for m in (first, member)]
+        common = [
+            (m.settings.model_dump(exclude=set(apart)), m.config.student, m.adapter.dropout) for m in (first, member)
+        ]
         if common[0] != common[1] or member.settings.batch_rows != 1:
             raise UserError(f"{member.name}: other settings than the cohort's first run, or `batch_rows` other than 1")
         if [match.input_ids for match in own] != inputs:
@@ -290,10 +298,6 @@ def _check_alike(members: list[Member], matches: list[list[Match]]) -> None:
             )
     if not any(member.lesson.store for member in members):
         raise UserError("a cohort needs a student with a teacher; train the others one at a time")
-
-
-def _dropout(member: Member) -> float:
-    return member.config.dropout(member.experiment)
 
 
 def _teacher(member: Member) -> str:

@@ -37,17 +37,18 @@ class Lesson:
         return self.store.rows if self.store else None
 
 
-def prepare_lesson(config: Config, experiment: str) -> Lesson:
-    """Read the data and the teacher's store, verified, and match them by the protocol. Whatever is wrong with them, or
+def prepare_lesson(config: Config, prompt: str | None) -> Lesson:
+    """Read the data and the store of the teacher behind `prompt` (None: no teacher), verified, and match them by the
+    protocol. Whatever is wrong with them, or
     with what params want of the student, is said here, before weights are loaded."""
-    adapter, settings = config.adapters[experiment], config.distill
+    settings = config.distill
     examples = read_examples(config.artifacts / "data" / "train.jsonl")
     folder = model_folder(config.student.model)
     student = check_folder(folder, "transformers").settings
     tokenizer = load_tokenizer(folder)
-    if adapter.prompt:
+    if prompt is not None:
         refuse_two_vocabularies(config.teacher.model, config.student.model)
-    store = open_checked(config, adapter.prompt, tokenizer, examples) if adapter.prompt else None
+    store = None if prompt is None else open_checked(config, prompt, tokenizer, examples)
     if store:
         _refuse_other_logits(store, student.vocab_size)
     stored = [example.reading for example in store.manifest.examples] if store else None

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from kd.config import Config, Distill, Search
+from kd.config import Config, Distill, Search, run_name
 from kd.data.rows import read_examples
 from kd.distill import cohort
 from kd.distill.adapter import fresh_student
@@ -75,7 +75,7 @@ class Outcome:
     lost: str = ""
 
 
-def search(config: Config, experiment: str, storage: str | None, on_test: bool) -> dict[str, Any]:
+def search(config: Config, student: str, storage: str | None, on_test: bool) -> dict[str, Any]:
     """Run trials until the study has `search.trials` in all, and write its best values and plots; returns the former.
 
     Processes and hosts that name one `storage` (an SQLAlchemy address; default: an SQLite file beside the results)
@@ -84,9 +84,11 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
     """
     import optuna
 
-    folder = config.artifacts / "search" / experiment
+    config = config.model_copy(update={"seeds": config.search.seeds})
+    first = run_name(student, config.seeds[0])
+    folder = config.artifacts / "search" / student
     folder.mkdir(parents=True, exist_ok=True)
-    exam = _exam(config, experiment, on_test)
+    exam = _exam(config, student, on_test)
     judged = "test" if on_test else str(len(exam.judges))
     with FileLock(folder / "study.lock"):  # processes begin together, and Optuna makes its tables unguarded
         study = optuna.create_study(
@@ -96,7 +98,7 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
             ),
             pruner=optuna.pruners.MedianPruner(),
-            study_name="-".join([experiment, judged, _meaning(config.search), run_key(config, experiment, __name__)]),
+            study_name="-".join([student, judged, _meaning(config.search), run_key(config, first, __name__)]),
             load_if_exists=True,
         )
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
@@ -105,13 +107,13 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
     kept = f"keeps the trials that {storage or folder / STUDY} has"
     with (
         what_is_kept(folder, lambda: f"the same command {kept}"),
-        shortage_told(f"search, {experiment}", lower, lambda: kept),
+        shortage_told(f"search, {student}", lower, lambda: kept),
     ):
         if UNTRAINED not in study.user_attrs:
-            study.set_user_attr(UNTRAINED, exam.judge(fresh_student(config, experiment), config.distill))
-        _run_trials(study, config, experiment, exam, states)
+            study.set_user_attr(UNTRAINED, exam.judge(fresh_student(config, first), config.distill))
+        _run_trials(study, config, student, exam, states)
     if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
-        raise UserError(_all_lost(study, config, experiment))
+        raise UserError(_all_lost(study, config, student))
     with FileLock(folder / "result.lock"), whole_folder(folder / "result") as work:  # processes end together
         # Read under the lock, so that the last result is that of all trials.
         best = _best(study, config, len(exam.judges))
@@ -119,7 +121,7 @@ def search(config: Config, experiment: str, storage: str | None, on_test: bool) 
         _plots(study, work)
     if best["cross_entropy"] >= best["untrained"]:
         print(
-            f"kd: {experiment}: even these values leave the worst seed no better than the untrained student; train for "
+            f"kd: {student}: even these values leave the worst seed no better than the untrained student; train for "
             "more epochs, on more rows or at another learning rate",
             file=sys.stderr,
         )
@@ -142,7 +144,7 @@ def recommendation(best: dict[str, Any]) -> str:
 {snippet.getvalue()}"""
 
 
-def _run_trials(study: optuna.Study, config: Config, experiment: str, exam: Exam, states: Any) -> None:
+def _run_trials(study: optuna.Study, config: Config, student: str, exam: Exam, states: Any) -> None:
     """Run trials, one after the other or several as a cohort, until so many as asked for are in one of `states`."""
     import optuna
 
@@ -150,12 +152,12 @@ def _run_trials(study: optuna.Study, config: Config, experiment: str, exam: Exam
 
     def suggested(trial: optuna.Trial) -> Config:
         # A sampler of its own for each trial: whoever runs it, it draws the same values after the same trials.
-        study.sampler = optuna.samplers.TPESampler(seed=_sampler_seed(config.seed, trial.number))
+        study.sampler = optuna.samplers.TPESampler(seed=_sampler_seed(config.seeds[0], trial.number))
         settings = config.distill.model_copy(update=_suggested(trial, config.search))
         return config.model_copy(update={"distill": _shortened(settings, exam)})
 
     def objective(trial: optuna.Trial) -> float:
-        outcomes = _one_by_one(suggested(trial), experiment, exam, untrained, trial.number)
+        outcomes = _one_by_one(suggested(trial), student, exam, untrained, trial.number)
         return _settled(trial, outcomes, len(config.search.seeds))
 
     enough = optuna.study.MaxTrialsCallback(config.search.trials, states=states)
@@ -165,7 +167,7 @@ def _run_trials(study: optuna.Study, config: Config, experiment: str, exam: Exam
             continue
         warnings.filterwarnings("ignore", "Heartbeat of storage")  # a trial of a killed cohort is just not counted
         trials = [study.ask() for _ in range(min(left, config.search.together))]
-        found = _side_by_side([suggested(trial) for trial in trials], experiment, exam, untrained)
+        found = _side_by_side([suggested(trial) for trial in trials], student, exam, untrained)
         for trial, outcomes in zip(trials, found, strict=True):
             try:
                 study.tell(trial, _settled(trial, outcomes, len(config.search.seeds)))
@@ -195,12 +197,12 @@ def _settled(trial: optuna.Trial, outcomes: Iterable[Outcome], seeds: int) -> fl
     return max(judged.values())
 
 
-def _one_by_one(config: Config, experiment: str, exam: Exam, untrained: list[float], number: int) -> Iterator[Outcome]:
+def _one_by_one(config: Config, student: str, exam: Exam, untrained: list[float], number: int) -> Iterator[Outcome]:
     """A trial's students, each trained when it is asked for."""
     steps = step_count(exam.training, config.distill)
-    for seed in config.search.seeds:
-        student = fresh_student(config.model_copy(update={"seed": seed}), experiment)
-        step = make_step(student, exam.lesson.head, config.distill)
+    for seed in config.seeds:
+        tuned = fresh_student(config, run_name(student, seed))
+        step = make_step(tuned, exam.lesson.head, config.distill)
         records = descend(step, exam.training, exam.lesson.states, config.distill)
         losses: list[float] = []
         for record in progress(records, f"trial {number}, seed {seed}", "step", steps):
@@ -208,19 +210,15 @@ def _one_by_one(config: Config, experiment: str, exam: Exam, untrained: list[flo
             if lost := _lost(losses, steps // config.distill.epochs):
                 yield Outcome(seed, lost=lost)
                 return
-        yield _judged(seed, exam.judge(student, config.distill), untrained)
+        yield _judged(seed, exam.judge(tuned, config.distill), untrained)
 
 
-def _side_by_side(
-    configs: list[Config], experiment: str, exam: Exam, untrained: list[float]
-) -> Iterator[list[Outcome]]:
+def _side_by_side(configs: list[Config], student: str, exam: Exam, untrained: list[float]) -> Iterator[list[Outcome]]:
     """The students of several trials, trained as one cohort until each trial has lost one."""
-    runs = [(trial, seed) for trial in range(len(configs)) for seed in configs[trial].search.seeds]
-    members = [
-        Member(configs[trial].model_copy(update={"seed": seed}), experiment, exam.lesson) for trial, seed in runs
-    ]
+    runs = [(trial, seed) for trial in range(len(configs)) for seed in configs[trial].seeds]
+    members = [Member(configs[trial], run_name(student, seed), exam.lesson) for trial, seed in runs]
     matches = [exam.training] * len(members)
-    student, trained, step = cohort.begin(members, matches)
+    tuned, trained, step = cohort.begin(members, matches)
     steps = step_count(exam.training, configs[0].distill)
     curves: list[list[float]] = [[] for _ in members]
     lost: dict[int, dict[int, str]] = {trial: {} for trial in range(len(configs))}  # why, by trial and seed
@@ -240,7 +238,7 @@ def _side_by_side(
         for member, (of, seed) in enumerate(runs):
             if of == trial:
                 trained.show(member)
-                outcomes.append(_judged(seed, exam.judge(student, config.distill), untrained))
+                outcomes.append(_judged(seed, exam.judge(tuned, config.distill), untrained))
         yield outcomes
 
 
@@ -301,14 +299,14 @@ def _deviation(trial: optuna.trial.FrozenTrial) -> float:
     return stdev(losses) if len(losses) > 1 else 0.0
 
 
-def _all_lost(study: optuna.Study, config: Config, experiment: str) -> str:
+def _all_lost(study: optuna.Study, config: Config, student: str) -> str:
     """What a person is told whose trials were all pruned."""
     trials = study.get_trials(deepcopy=False)
     why = [trial.user_attrs[COLLAPSED] for trial in trials if COLLAPSED in trial.user_attrs]
     rates = config.search.learning_rate
     key = f"`search.learning_rate` ({rates})" if rates else f"`distill.learning_rate` ({config.distill.learning_rate})"
     what = "diverged" if all(one.startswith(DIVERGED) for one in why) else "diverged or collapsed"
-    return f"{experiment}: training {what} in every trial; lower {key}; of the last trial's student: {why[-1]}"
+    return f"{student}: training {what} in every trial; lower {key}; of the last trial's student: {why[-1]}"
 
 
 def _sampler_seed(seed: int, trial: int) -> int:
@@ -337,11 +335,11 @@ def _shortened(settings: Distill, exam: Exam) -> Distill:
     return settings.model_copy(update={"cosine_steps": max(1, steps)})
 
 
-def _exam(config: Config, experiment: str, on_test: bool) -> Exam:
+def _exam(config: Config, student: str, on_test: bool) -> Exam:
     """The lesson, the examples to train on and those that judge."""
-    lesson = prepare_lesson(config, experiment)
+    lesson = prepare_lesson(config, config.students[student])
     if lesson.store is None:
-        raise UserError(f"{experiment}: it learns from labels alone, so there is no alpha or T to search for")
+        raise UserError(f"{student}: it learns from labels alone, so there is no alpha or T to search for")
     kept, rows = lesson.matches.kept, config.search.eval_rows
     if on_test:
         print(

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,26 @@ LOSS_FOLDER = "loss"
 CHECK = "check.json"
 
 
-def train(config: Config, experiment: str) -> None:
-    """Train one adapter and write it, with its loss curve and check loss, to artifacts/<profile>/adapters/<experiment>.
+def train(config: Config, run: str) -> None:
+    """Train one adapter and write it, with its loss curve and check loss, to artifacts/<profile>/adapters/<run>.
 
     A killed run goes on from its last checkpoint and ends in the same bytes.
     """
-    lesson = prepare_lesson(config, experiment)
-    print(f"{experiment}: {counts(lesson.matches)}", file=sys.stderr)
+    lesson = prepare_lesson(config, config.adapters[run].prompt)
+    print(f"{run}: {counts(lesson.matches)}", file=sys.stderr)
     with (
-        resumable_folder(config.artifacts / "adapters" / experiment, run_key(config, experiment)) as work,
+        resumable_folder(config.artifacts / "adapters" / run, run_key(config, run)) as work,
         what_is_kept(work, lambda: f"the same command {checkpoint.going_on(checkpoints)}"),
-        shortage_told(f"train, {experiment}", lowerable(config), lambda: checkpoint.going_on(checkpoints)),
+        shortage_told(f"train, {run}", lowerable(config), lambda: checkpoint.going_on(checkpoints)),
     ):
         checkpoints = work / "checkpoints"
-        student = fresh_student(config, experiment)
+        student = fresh_student(config, run)
         step = make_step(student, lesson.head, config.distill)
         curve = checkpoint.load(checkpoints, step.descent)
         with loss_curve(work / LOSS_FOLDER, curve) as log:
             bar = progress(
                 _descend(step, lesson, config.distill, curve, checkpoints),
-                f"train, {experiment}",
+                f"train, {run}",
                 "step",
                 step_count(lesson.matches.kept, config.distill),
             )
@@ -64,19 +65,19 @@ def train(config: Config, experiment: str) -> None:
                 log(record)
                 bar.set_postfix_str(f"loss {record.loss:.3f}", refresh=False)
         about = {"rows": len(lesson.check), "versions": fingerprint.versions(VERSIONS)}
-        write_json(work / CHECK, {"check_loss": _check_loss(student, experiment, lesson, config.distill)} | about)
+        write_json(work / CHECK, {"check_loss": _check_loss(student, run, lesson, config.distill)} | about)
         with system_errors(work):
-            save_adapter(student, config, experiment, lesson.matches, work)
+            save_adapter(student, config, run, lesson.matches, work)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def run_key(config: Config, experiment: str, module: str = __name__) -> str:
+def run_key(config: Config, run: str, module: str = __name__) -> str:
     """The key of all that shapes an adapter, or what else `module` makes of the same."""
-    adapter, data = config.adapters[experiment], config.artifacts / "data"
-    store = [config.artifacts / "teacher" / adapter.prompt / MANIFEST] if adapter.prompt else []
+    adapter, data = config.adapters[run], config.artifacts / "data"
+    store = [config.artifacts / "teacher" / adapter.prompt / MANIFEST] if adapter.prompt is not None else []
     return fingerprint.key(
         module,
-        config.model_dump(include={"seed", "student", "distill"}) | {"adapter": adapter.model_dump()},
+        config.model_dump(include={"student", "distill"}) | {"adapter": asdict(adapter)},
         files=[data / "train.jsonl", data / "test.jsonl", *store],
         models={"student": model_folder(config.student.model)},
         libraries=(*VERSIONS, "tokenizers"),
@@ -156,13 +157,13 @@ def evaluate(model: Any, matches: list[Match], states: States | None, head: Head
     return Loss(*(total / len(matches)))
 
 
-def _check_loss(student: Any, experiment: str, lesson: Lesson, settings: Distill) -> float | None:
+def _check_loss(student: Any, run: str, lesson: Lesson, settings: Distill) -> float | None:
     """The original's check after training: mean cross entropy over the test rows, misaligned as its training was; None
     where there is nothing to check so."""
     if not lesson.check:
         return None
     loss = evaluate(student.get_base_model(), lesson.check, None, None, settings).cross_entropy
-    return finite(float(loss), f"{experiment}: its check loss", "lower `distill.learning_rate`")
+    return finite(float(loss), f"{run}: its check loss", "lower `distill.learning_rate`")
 
 
 def _descend(

@@ -79,11 +79,11 @@ def launch(launcher: str) -> None:
 
 
 def take_gpus(process: Process) -> None:
-    """Leave this process only its share of the machine's GPUs. Call before anything is put on one."""
+    """Leave this process only its share of the machine's GPUs. Call before anything is put on one; then it has it."""
     import torch
 
     count = torch.cuda.device_count()
-    if process.local_world == 1 or count <= 1:  # nothing to share out, or the launcher did
+    if process.local_world == 1 or count <= 1 or torch.cuda.is_initialized():  # nothing to share out, or it is shared
         return
     share = _part(count, process.local, process.local_world) or [process.local % count]
     names = gpu_names(count)

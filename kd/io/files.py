@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from kd.io.text import parse_json, read_text, refuse_folder, refuse_half_charact
 
 PARTIAL = ".partial"
 WORK = "work"
+MADE = "made"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -87,6 +88,29 @@ def resumable_folder(target: Path, key: str) -> Iterator[Path]:
         remove_stale(work)
         yield work
         put_in_place(work, target)
+
+
+def in_turn(name: str, made: Mapping[str, Path], key: Callable[[str], str], process: Process = ALONE) -> Generator[str]:
+    """The keys of `made`, runs with their targets in one folder, one after another: each is to be made before the next
+    is asked for.
+
+    Stopped, it goes on behind what was made, as long as that is there and its `key` is what it was; once all are made,
+    nothing is kept of it. `name` is what they are called together, which no target is.
+    """
+    if len(made) == 1:
+        yield from made
+        return
+    folder = next(iter(made.values())).parent
+    with unfinished_folder(folder / name, MADE, process) as work:
+        for run, target in made.items():
+            mark = work / run
+            if mark.exists() and target.exists() and mark.read_text(encoding="utf-8") == key(run):
+                continue
+            yield run
+            if process.rank == 0:
+                write_text(mark, key(run))
+        if process.rank == 0:
+            shutil.rmtree(work)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def row_lengths(params: config.Config, scratch: Path) -> dict[str, Lengths]:
         folder = scratch / "data"
         if not _can_prepare(dataset):
             return {split: gsm8k_lengths(rows, dataset.answers) for split, rows in wanted.items()}
-        prepare(dataset, params.seed, folder)
+        prepare(dataset, folder)
     found = {}
     for split, rows in wanted.items():
         examples = read_examples(folder / f"{split}.jsonl")

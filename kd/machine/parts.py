@@ -223,9 +223,9 @@ def _beginning(params: Config, experiment: str, base: Any = None) -> tuple[Any, 
     from kd.distill.lesson import prepare_lesson
     from kd.distill.step import make_step
 
-    lesson = prepare_lesson(params, experiment)
-    dropout = params.dropout(experiment)
-    student = add_lora(base, params, dropout).train() if base else fresh_student(params, experiment)
+    adapter = params.adapters[experiment]
+    lesson = prepare_lesson(params, adapter.prompt)
+    student = add_lora(base, params, adapter.dropout).train() if base else fresh_student(params, experiment)
     return student, make_step(student, lesson.head, params.distill), lesson
 
 

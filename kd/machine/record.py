@@ -8,6 +8,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,16 @@ FOLDER = "runs"
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "exllamav2", "safetensors", "optuna")
 
 
+@contextmanager
+def recorded(config: Config, name: str) -> Iterator[None]:
+    """Make the result `name` in the block, and say where, when and by which code."""
+    began = datetime.now().astimezone()
+    yield
+    write_record(config, name, began)
+
+
 def write_record(config: Config, name: str, began: datetime) -> None:
-    """Say where, when and by which code the result `name` (such as train/base-kd) was made, by a command that ends now.
+    """Say where, when and by which code the result `name` (such as train/base-kd-1) was made, which ends now.
 
     Of several processes each says it for itself, the others than the first with their rank behind the name.
     """

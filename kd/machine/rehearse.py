@@ -22,7 +22,7 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-from kd.config import Config, HubModel, Model
+from kd.config import Config, HubModel, Model, run_name
 from kd.errors import WorkFailedError
 from kd.io.files import free_bytes
 from kd.machine.lengths import batch_tokens, row_lengths, spread, token_counter, words, write_rows
@@ -332,9 +332,9 @@ class Rehearsal:
             for stage in (train, assess):
                 stage.refuse(missing)
             return None, None
-        kinds: dict[str, str] = {self.prompt[0]: f"{self.prompt[0]}-kd"} if captured else {}
-        if labels := [name for name, adapter in params.adapters.items() if not adapter.prompt]:
-            kinds[""] = labels[0]
+        kinds = {self.prompt[0]: run_name(f"{self.prompt[0]}-kd", params.seeds[0])} if captured else {}
+        if params.controls:
+            kinds[""] = run_name(params.controls[0], params.seeds[0])
         ways, named = self._ways()
         adapters = [one.adapter for one in params.experiments.values() if one.adapter]
         tasks: list[tuple[str, dict[str, Any]]] = [("train", {"kinds": kinds})] if kinds else []
@@ -495,8 +495,6 @@ class Rehearsal:
         size, count = self.documents["student"]["vocab_size"], token_counter(params.student.model)
         for prompt, said in params.prompts.items():
             document["prompts"][prompt] = words(draw, count(said), size) + " " if said else ""
-            for key in ("adapters", "experiments"):
-                del document[key][f"{prompt}-kd"]
         for role, folder in self.models.items():
             document[role]["model"] = {"source": "folder", "path": str(folder)}
         return document | {"launcher": ""}

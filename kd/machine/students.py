@@ -26,7 +26,8 @@ from kd.machine.probe import GIB, read_memory
 from kd.models.load import model_folder
 from kd.models.weights import WEIGHTS
 
-GROUPS = ("train", "train-control", "assess", "assess-control", "statistics")  # stages that take one GPU
+# Stages that take one GPU.
+GROUPS = ("train", "train-control", "assess", "assess-control", "assess-untrained", "statistics")
 ON_A_CPU = ("teacher", *GROUPS)  # where no teacher is shared out over GPUs
 PYTHON = GIB // 2  # what a stage takes beside its weights
 EDGE = re.compile(r'^"?([^"]+?)"? -> "?([^"]+?)"?;$', re.MULTILINE)

@@ -26,9 +26,9 @@ def differences(config: Config) -> list[str]:
         "another protocol": distill.protocol != paper.TRAINING["protocol"],
         "other prompts": any(text != config.prompts.get(name, text) for name, text in paper.PROMPTS.items()),
         "other settings in training": training | {"protocol": ""} != paper.TRAINING | {"protocol": ""}
-        or any(config.dropout(name) != paper.DROPOUT.get(name, 0.1) for name in config.adapters),
+        or any(one.dropout != paper.DROPOUT.get(one.student, 0.1) for one in config.adapters.values()),
         "students asked in another way": not all(
-            _is_asked_so(name, one) for name, one in config.experiments.items() if name in paper.RESULTS
+            _is_asked_so(one) for one in config.experiments.values() if one.student in paper.RESULTS
         ),
     }
     return [what for what, is_so in found.items() if is_so]
@@ -58,7 +58,7 @@ def _is(model: Model, name: str) -> bool:
     return model.name == name
 
 
-def _is_asked_so(name: str, one: Experiment) -> bool:
+def _is_asked_so(one: Experiment) -> bool:
     """Whether a row of the paper's table is asked as the paper asked it."""
-    of_paper = (paper.SUFFIX, paper.CONTROL_LIMIT) if name == paper.CONTROL else ("", paper.LIMIT)
+    of_paper = (paper.SUFFIX, paper.CONTROL_LIMIT) if one.student == paper.CONTROL else ("", paper.LIMIT)
     return (one.suffix, one.max_new_tokens) == of_paper and not one.stop

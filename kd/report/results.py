@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kd.config import Config
+from kd.config import Config, Experiment
 from kd.errors import UserError
 from kd.io.files import read_json
 from kd.io.table import read_table
@@ -26,70 +26,77 @@ Curve = Sequence[tuple[int, float]]  # step and loss of every update
 
 
 def collect(config: Config, answered: Mapping[str, Sequence[Answered]], curves: Mapping[str, Curve]) -> dict[str, Any]:
-    """The document, of every experiment's answers and every adapter's loss curve."""
+    """The document, of every row's answers and every student's loss curve, by the names in `table_rows`."""
     prompts, trained, differs = read_prompts(config), _trained(config), differences(config)
-    experiments = {name: _result(config, name, rows, curves) for name, rows in answered.items()}
+    asked = {name: config.experiments[run] for name, run in table_rows(config).items()}
+    experiments = {name: _result(asked[name], rows, curves.get(name)) for name, rows in answered.items()}
     right = {name: [row.right for row in rows] for name, rows in answered.items()}
     control = CONTROL if CONTROL in experiments and not experiments[CONTROL]["trained"] else None
-    against = {} if control is None else {one.first: one for one in compare_with(control, right, config.seed)}
+    against = {} if control is None else {one.first: one for one in compare_with(control, right, config.seeds[0])}
     for name, result in experiments.items():
-        published = None if differs else RESULTS.get(name)
-        result["against_control"] = _against(config, name, asdict(against[name])) if name in against else None
+        published = None if differs else RESULTS.get(asked[name].student)
+        result["against_control"] = (
+            _against(asked[name], asked[CONTROL], asdict(against[name])) if name in against else None
+        )
         result["published_accuracy"] = published.accuracy / 100 if published else None
     return {
         "profile": config.profile,
         "protocol": config.distill.protocol,
-        "seed": config.seed,
+        "seeds": config.seeds,
         "dataset": config.dataset.model_dump(),
         "student": config.student.model_dump(),
         "teacher": config.teacher.model_dump(),
         "differs_from_paper": differs,
         "versions": {  # of what made the results, wherever that was; not of the report
-            "training": {adapter: check["versions"] for adapter, check in trained.items()},
+            "training": {name: check["versions"] for name, check in trained.items()},
             "teacher": {prompt: found["versions"] for prompt, found in prompts.items()},
         },
         "prompts": prompts,
         "control": control,
         "experiments": experiments,
-        "comparisons": [asdict(pair) for pair in compare_pairs(right, config.seed)],
+        "comparisons": [asdict(pair) for pair in compare_pairs(right, config.seeds[0])],
         "check_losses": {
-            adapter: {
+            name: {
                 "check_loss": check["check_loss"],
-                "published": None if differs else CHECK_LOSSES.get(adapter),
+                "published": None if differs else CHECK_LOSSES.get(asked[name].student),
             }
-            for adapter, check in trained.items()
+            for name, check in trained.items()
             if check["check_loss"] is not None
         },
     }
 
 
+def table_rows(config: Config) -> dict[str, str]:
+    """The rows of the table and the run that each shows: a student that has one run by its own name, else each run."""
+    return {student if len(runs) == 1 else run: run for student, runs in config.runs.items() for run in runs.values()}
+
+
 def read_curves(config: Config) -> dict[str, Curve]:
-    """The loss curve of each adapter that has one."""
-    paths = {adapter: config.artifacts / "adapters" / adapter / LOSS for adapter in config.adapters}
-    curves = {adapter: _curve(path, adapter) for adapter, path in paths.items() if path.exists()}
-    return {adapter: curve for adapter, curve in curves.items() if curve}
+    """The loss curve of each row that has one."""
+    paths = {name: config.artifacts / "adapters" / run / LOSS for name, run in table_rows(config).items()}
+    curves = {name: _curve(path, path.parents[3].name) for name, path in paths.items() if path.exists()}
+    return {name: curve for name, curve in curves.items() if curve}
 
 
-def _curve(path: Path, adapter: str) -> Curve:
+def _curve(path: Path, run: str) -> Curve:
     curve = []
-    for number, row in enumerate(read_table(path, ("step", "loss"), f"run `kd train {adapter}` again"), start=1):
+    for number, row in enumerate(read_table(path, ("step", "loss"), f"run `kd train {run}` again"), start=1):
         try:
             step, loss = int(row["step"]), float(row["loss"])
         except ValueError:
             step, loss = 0, math.nan
         if not math.isfinite(loss):
-            raise UserError(f"{path} row {number}: no step and loss; run `kd train {adapter}` again")
+            raise UserError(f"{path} row {number}: no step and loss; run `kd train {run}` again")
         curve.append((step, loss))
     return curve
 
 
-def _result(config: Config, name: str, rows: Sequence[Answered], curves: Mapping[str, Curve]) -> dict[str, Any]:
+def _result(one: Experiment, rows: Sequence[Answered], curve: Curve | None) -> dict[str, Any]:
     """What one experiment came to, by itself."""
-    scored, adapter = score(rows), config.experiments[name].adapter
+    scored, trained = score(rows), one.seed is not None
     same, empty = count_alike([row.response for row in rows])
-    curve = curves.get(adapter) if adapter else None
     result: dict[str, Any] = {
-        "trained": adapter is not None,
+        "trained": trained,
         "correct": scored.correct,
         "rows": len(rows),
         "accuracy": scored.correct / len(rows),
@@ -101,12 +108,11 @@ def _result(config: Config, name: str, rows: Sequence[Answered], curves: Mapping
         "same": same,
         "empty": empty,
     }
-    return result | {"collapsed": (signs(result) or None) if adapter else None}
+    return result | {"collapsed": (signs(result) or None) if trained else None}
 
 
-def _against(config: Config, name: str, comparison: dict[str, Any]) -> dict[str, Any]:
+def _against(one: Experiment, control: Experiment, comparison: dict[str, Any]) -> dict[str, Any]:
     """A comparison with the control, and whether both were asked in the same way."""
-    asked, control = (config.experiments[one].model_dump(exclude={"needs"}) for one in (name, CONTROL))
     return {
         "difference": comparison["difference"],
         "interval": comparison["interval"],
@@ -114,15 +120,15 @@ def _against(config: Config, name: str, comparison: dict[str, Any]) -> dict[str,
         "only_control": comparison["only_second"],
         "p": comparison["p"],
         "p_holm": comparison["p_holm"],
-        "asked_alike": asked == control,
+        "asked_alike": one.asked == control.asked,
     }
 
 
 def _trained(config: Config) -> dict[str, dict[str, Any]]:
-    """What training left beside each adapter that is there: the original's check (mean cross entropy over the
-    test rows, misaligned as in its training; None but under `published`), and the libraries' versions."""
+    """What training left beside the adapter of each row, where that is there: the original's check (mean cross entropy
+    over the test rows, misaligned as in its training; None but under `published`), and the libraries' versions."""
     return {
-        adapter: read_json(path, f"the check loss that `kd train {adapter}` writes")
-        for adapter in config.adapters
-        if (path := config.artifacts / "adapters" / adapter / CHECK).exists()
+        name: read_json(path, f"the check loss that `kd train {run}` writes")
+        for name, run in table_rows(config).items()
+        if (path := config.artifacts / "adapters" / run / CHECK).exists()
     }

@@ -12,7 +12,7 @@ from kd.report import charts, tables
 from kd.report.explorer import Question, Responses, pack
 from kd.report.finding import comparability, finding
 from kd.report.page import Section, folded, listing, page, paragraph, table
-from kd.report.results import Curve, collect, read_curves
+from kd.report.results import Curve, collect, read_curves, table_rows
 from kd.scoring.extract import RULE_SETS, extract
 from kd.scoring.log import Answered, is_correct, log_file, read_answered
 from kd.scoring.rules.rule import Extraction
@@ -21,14 +21,14 @@ COUNTED = "as counted: documented rules, then by hand"
 COUNTED_RULES = "documented"
 # Math-Verify takes milliseconds a response and does not say where an answer stands.
 READERS = [rules for rules in RULE_SETS if rules != "math-verify"]
-PARAMS = ("profile", "seed", "dataset", "teacher", "prompts", "student", "distill", "adapters", "assess", "experiments")
+PARAMS = ("profile", "seeds", "dataset", "teacher", "prompts", "controls", "untrained", "student", "distill", "assess")
 LOSSES = "losses"  # the loss curve of each student, for DVC to plot whoever they are
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def report(config: Config) -> dict[str, Any]:
     """Score every experiment's log and write artifacts/<profile>/report; returns the results."""
-    answered = {name: read_answered(config, name) for name in config.experiments}
+    answered = {name: read_answered(config, run) for name, run in table_rows(config).items()}
     curves = read_curves(config)
     results = collect(config, answered, curves)
     responses = {name: _responses(rows) for name, rows in answered.items()}

@@ -34,9 +34,10 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
 
 def setting(results: dict[str, Any]) -> str:
     """What was run, in a sentence."""
-    data = results["dataset"]
+    data, seeds = results["dataset"], results["seeds"]
+    seeded = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     return (
-        f"Profile {results['profile']}, protocol {results['protocol']}, seed {results['seed']}; "
+        f"Profile {results['profile']}, protocol {results['protocol']}, {seeded}; "
         f"{data['train_rows']} training and {data['test_rows']} test rows "
         f"({data['source']}, {data['answers']} answers)."
     )

@@ -124,13 +124,24 @@ def read_tests(config: Config) -> list[Example]:
 
 
 def read_log(config: Config, experiment: str) -> list[Answered]:
-    """The test questions in their order, each with the experiment's row in its log, as the rules alone read it."""
+    """The test questions in their order, each with the experiment's row in its log, as the rules alone read it; a
+    UserError where a row has another experiment's prompt."""
     path, tests = log_file(config, experiment), read_tests(config)
     rows = by_question(path, read_table(path, COLUMNS, f"run `kd assess {experiment}`"), tests)
-    return [
-        _answered(where, row, test, _written(where, row, test, config, experiment))
-        for (where, row), test in zip(rows, tests, strict=True)
-    ]
+    experiments = config.experiments
+    own = experiments[experiment].suffix
+    suffixes = {other.suffix for other in experiments.values() if other.suffix.startswith(own)}
+    longer = tuple(rest for suffix in suffixes if len((rest := suffix.removeprefix(own)).split()) >= SENTENCE)
+    found = []
+    for (where, row), test in zip(rows, tests, strict=True):
+        written = _behind(test.question + own, row["model_answer"])
+        if written is None or written.startswith(longer):
+            raise UserError(
+                f"{where}: model_answer does not begin with the question and this experiment's suffix, {own!r}, alone; "
+                f"if the log is this experiment's, params changed since: run `kd assess {experiment}` again"
+            )
+        found.append(_answered(where, row, test, written))
+    return found
 
 
 def by_question(
@@ -196,20 +207,6 @@ def _key(question: str, answer: str) -> tuple[str, str]:
 
 def _lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _written(where: str, row: Mapping[str, str], test: Example, config: Config, experiment: str) -> str:
-    """What the student wrote behind its prompt; a UserError where the row has another experiment's prompt."""
-    own = config.experiments[experiment].suffix
-    suffixes = [other.suffix for other in config.experiments.values() if other.suffix.startswith(own)]
-    longer = tuple(rest for suffix in suffixes if len((rest := suffix.removeprefix(own)).split()) >= SENTENCE)
-    written = _behind(test.question + own, row["model_answer"])
-    if written is None or written.startswith(longer):
-        raise UserError(
-            f"{where}: model_answer does not begin with the question and this experiment's suffix, {own!r}, alone; "
-            f"if the log is this experiment's, params changed since: run `kd assess {experiment}` again"
-        )
-    return written
 
 
 def _answered(where: str, row: Mapping[str, str], test: Example, written: str) -> Answered:

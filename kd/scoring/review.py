@@ -1,4 +1,4 @@
-"""Hand review: what a person takes from responses that no rule settles, kept in reviews/<experiment>.csv.
+"""Hand review: what a person takes from responses that no rule settles, kept in reviews/<run>.csv.
 
 A decision belongs to one response to one question, by checksum, so it survives another order of rows and another
 profile's logs beside it, and is never applied to a response that a new run changed.

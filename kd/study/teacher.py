@@ -33,12 +33,12 @@ def tune(config: Config, settings: TunedTeacher) -> None:
     first, last = settings.rows
     examples = read_examples(config.artifacts / "data" / "train.jsonl")[first - 1 : last]
     folder = model_folder(config.student.model)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seeds[0])
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, config.student.dtype, default_device())
     tokens = [_tokens(tokenizer, example) for example in examples]
     with deterministic():
-        _descend(model, [one for one in tokens if len(one[0]) <= settings.max_tokens], settings, config.seed)
+        _descend(model, [one for one in tokens if len(one[0]) <= settings.max_tokens], settings, config.seeds[0])
     with whole_folder(TUNED_TEACHER) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from params import experiments, keep
+from params import experiments, keep, run_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import make_tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -32,7 +32,10 @@ from kd.scoring.log import Response, log_text
 
 ARTIFACTS = Path("artifacts/mini")
 ATTENTION = ARTIFACTS / "attention"
-STUDENTS = ["no-distillation-matched", "fine-tuning", "base-kd", "confidence-kd", "teacher-kd", "ground-truth-kd"]
+STUDENTS = [
+    "no-distillation-matched",
+    *map(run_of, ("fine-tuning", "base-kd", "confidence-kd", "teacher-kd", "ground-truth-kd")),
+]
 RESPONSES = [  # text, and whether the limit ended it
     Response("", 1, False),
     Response(" The answer is 4.", 5, True),
@@ -116,7 +119,7 @@ def plain_metrics(model: Any, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return heads, similarity
 
 
-@pytest.mark.parametrize(("student", "adapter"), [("no-distillation-matched", None), ("teacher-kd", "teacher-kd")])
+@pytest.mark.parametrize(("student", "adapter"), [("no-distillation-matched", None), ("teacher-kd-1", "teacher-kd-1")])
 @pytest.mark.usefixtures("on_cpu", "trained")  # to the last bits of float32
 def test_metrics_are_those_of_the_plain_definitions(student: str, adapter: str | None, tiny_llama: Path) -> None:
     model = plain_student(tiny_llama, ARTIFACTS / "adapters" / adapter if adapter else None)
@@ -156,7 +159,7 @@ def deep(one: Any) -> Any:
     return type(one)(np.tile(one.heads, (10, 1, 1)), one.similarity, one.question, one.answer)
 
 
-@pytest.mark.parametrize("adapter", [None, "base-kd"])
+@pytest.mark.parametrize("adapter", [None, "base-kd-1"])
 @pytest.mark.usefixtures("on_cpu", "trained")  # to the last bits of float32
 def test_confidence_is_the_mean_of_the_largest_probability(adapter: str | None, tiny_llama: Path) -> None:
     model = plain_student(tiny_llama, ARTIFACTS / "adapters" / adapter if adapter else None)
@@ -180,7 +183,7 @@ def test_confidence_is_the_mean_of_the_largest_probability(adapter: str | None, 
 def test_without_adapters_the_bare_student_is_measured_on_the_answers_to_its_own_prompt(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], tiny_llama: Path
 ) -> None:
-    experiment = tiny_params["experiments"]["no-distillation"]
+    experiment = tiny_params["untrained"]["no-distillation"]
     keep(tiny_params, "no-distillation")
     write_params(tiny_params)
     model, tokenizer = plain_student(tiny_llama, None), load_tokenizer(tiny_llama)
@@ -285,8 +288,8 @@ def test_heads_are_drawn_when_asked_for(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("adapters/base-kd", "artifacts/mini/adapters/base-kd: no such adapter; run `kd train base-kd`"),
-        ("logs/teacher-kd.csv", "artifacts/mini/logs/teacher-kd.csv: no such file; run `kd assess teacher-kd`"),
+        ("adapters/base-kd-1", "artifacts/mini/adapters/base-kd-1: no such adapter; run `kd train base-kd-1`"),
+        ("logs/teacher-kd-1.csv", "artifacts/mini/logs/teacher-kd-1.csv: no such file; run `kd assess teacher-kd-1`"),
         ("data/test.jsonl", "artifacts/mini/data/test.jsonl: no such file; run `kd prepare`"),
     ],
 )
@@ -305,10 +308,10 @@ def test_an_adapter_that_peft_would_unpickle_is_refused_unread(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
-    adapter = ARTIFACTS / "adapters" / "base-kd"
+    adapter = ARTIFACTS / "adapters" / "base-kd-1"
     weights = (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     assert main(["attention"]) == 2
-    assert f"{adapter}: no adapter_model.safetensors; run `kd train base-kd` again" in capsys.readouterr().err
+    assert f"{adapter}: no adapter_model.safetensors; run `kd train base-kd-1` again" in capsys.readouterr().err
     weights.rename(adapter / "adapter_model.safetensors")
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "XLORA", "adapters": {"a": "x"}}))
@@ -325,17 +328,11 @@ def test_a_head_that_is_not_there_exits_2(capsys: pytest.CaptureFixture[str]) ->
     assert "expected layer:head, as in 3:5,7:1, found '0:3,2'" in capsys.readouterr().err
 
 
-def test_a_student_goes_by_the_experiment_that_asks_it_the_bare_question(
+def test_the_bare_student_goes_by_the_row_that_asks_it_the_bare_question(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
 ) -> None:
     write_params(tiny_params)
     assert student_names(load_config(Path("params.yaml"))) == STUDENTS
-    tiny_params["experiments"]["again"] = {"needs": "adapters/base-kd", "max_new_tokens": 4}
-    del tiny_params["experiments"]["no-distillation-matched"]
-    write_params(tiny_params)
-    assert student_names(load_config(Path("params.yaml"))) == [
-        "no-distillation",
-        *STUDENTS[1:2],
-        "again",
-        *STUDENTS[3:],
-    ]
+    del tiny_params["untrained"]["no-distillation-matched"]
+    write_params(tiny_params | {"seeds": [1, 2], "controls": [], "prompts": {"base": ""}})
+    assert student_names(load_config(Path("params.yaml"))) == ["no-distillation", "base-kd-1", "base-kd-2"]

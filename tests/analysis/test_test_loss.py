@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from params import run_of
 from peft import PeftModel
 from tiny import make_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +21,7 @@ from kd.teacher import backends
 from kd.teacher.backends.transformers import TransformersTeacher
 
 MEASURES = Path("artifacts/mini/measures")
-ADAPTER = Path("artifacts/mini/adapters/teacher-kd")
+ADAPTER = Path("artifacts/mini/adapters/teacher-kd-1")
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def measured(capsys: pytest.CaptureFixture[str]) -> Callable[[str], dict[str, An
         capsys.readouterr()
         assert main(["measure", experiment, "--json"]) == 0
         printed: dict[str, Any] = json.loads(capsys.readouterr().out)
-        assert printed == json.loads((MEASURES / f"{experiment}.json").read_text())
+        assert printed == json.loads((MEASURES / f"{run_of(experiment)}.json").read_text())
         return printed
 
     return measure
@@ -143,11 +144,11 @@ def test_what_cannot_be_measured_exits_2(
 ) -> None:
     assert main(["measure", "techer-kd"]) == 2
     assert (
-        "techer-kd: unknown experiment, expected one of no-distillation, no-distillation-matched"
+        "techer-kd: unknown student, expected one of no-distillation, no-distillation-matched"
         in capsys.readouterr().err
     )
     assert main(["measure", "teacher-kd"]) == 2
-    assert f"{ADAPTER}: no such adapter; run `kd train teacher-kd`" in capsys.readouterr().err
+    assert f"{ADAPTER}: no such adapter; run `kd train teacher-kd-1`" in capsys.readouterr().err
     other = make_tiny_llama(tmp_path / "other", vocabulary=420)
     prepared["teacher"]["model"] = {"source": "folder", "path": str(other)}
     write_params(prepared)

@@ -74,7 +74,7 @@ def test_log_has_the_originals_columns_and_ours(prepared: dict[str, Any]) -> Non
     examples = read_examples(Path("artifacts/mini/data/test.jsonl"))
     assert list(rows[0]) == list(COLUMNS)
     assert [row["question"] for row in rows] == [example.question for example in examples]
-    suffix = prepared["experiments"]["no-distillation"]["suffix"]
+    suffix = prepared["untrained"]["no-distillation"]["suffix"]
     for row, example in zip(rows, examples, strict=True):
         assert row["answer"] == example.answer
         assert row["model_answer"].startswith(example.question + suffix)
@@ -85,7 +85,7 @@ def test_log_has_the_originals_columns_and_ours(prepared: dict[str, Any]) -> Non
 
 def test_the_prompt_itself_is_never_read_as_the_answer(prepared: dict[str, Any]) -> None:
     assert main(["assess", "no-distillation"]) == 0
-    suffix = prepared["experiments"]["no-distillation"]["suffix"]
+    suffix = prepared["untrained"]["no-distillation"]["suffix"]
     for row in read_log("no-distillation"):
         response = row["model_answer"].removeprefix(row["question"] + suffix)
         (found,) = extract([response])
@@ -105,17 +105,17 @@ def test_adapter_changes_the_answers_and_must_fit_the_student(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["assess", "fine-tuning"]) == 2
-    assert "adapters/fine-tuning: no such adapter; run `kd train fine-tuning`" in capsys.readouterr().err
+    assert "adapters/fine-tuning-1: no such adapter; run `kd train fine-tuning-1`" in capsys.readouterr().err
     assert main(["train", "fine-tuning"]) == 0
     assert main(["assess", "fine-tuning"]) == 0
     model, tokenizer = load_model(tiny_llama, "float32", "cpu"), load_tokenizer(tiny_llama)
-    rows = read_log("fine-tuning")
+    rows = read_log("fine-tuning-1")
     bare = answers(model, tokenizer, [row["question"] for row in rows], 6)
     assert [row["model_answer"] for row in rows] != [
         row["question"] + r.text for row, r in zip(rows, bare, strict=True)
     ]
 
-    config = Path("artifacts/mini/adapters/fine-tuning/adapter_config.json")
+    config = Path("artifacts/mini/adapters/fine-tuning-1/adapter_config.json")
     config.write_text(config.read_text().replace(str(tiny_llama), "some/other-model"))
     assert main(["assess", "fine-tuning"]) == 2
     assert "base_model_name_or_path is 'some/other-model', not" in capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_adapter_changes_the_answers_and_must_fit_the_student(
     config.write_text(config.read_text().replace("some/other-model", str(tiny_llama)))
     config.with_name("adapter_model.safetensors").rename(config.with_name("adapter_model.bin"))
     assert main(["assess", "fine-tuning"]) == 2
-    assert "no adapter_model.safetensors; run `kd train fine-tuning` again" in capsys.readouterr().err
+    assert "no adapter_model.safetensors; run `kd train fine-tuning-1` again" in capsys.readouterr().err
 
 
 @given(st.integers(-(10**9), 10**9))

@@ -32,7 +32,7 @@ def prepare(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]]
     def prepare(rows: int = 6, batch_tokens: int = 200, **settings: Any) -> None:
         tiny_params["dataset"]["test_rows"] = rows
         tiny_params["assess"]["batch_tokens"] = batch_tokens  # one slot or two
-        tiny_params["experiments"]["no-distillation"] |= settings
+        tiny_params["untrained"]["no-distillation"] |= settings
         write_params(tiny_params)
         assert main(["prepare"]) == 0
 

@@ -101,7 +101,7 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         text = log_text(examples, prompts, cast(Any, answers))
         (folder / f"artifacts/mini/logs/{name}.csv").write_text(text, encoding="utf-8", newline="")
-    adapter = folder / "artifacts/mini/adapters/teacher-kd/loss/plots/metrics"
+    adapter = folder / "artifacts/mini/adapters/teacher-kd-1/loss/plots/metrics"
     adapter.mkdir(parents=True)
     (adapter / "loss.tsv").write_text("step\tloss\n" + "".join(f"{i}\t{9 - i / 100}\n" for i in range(200)))
     with pytest.MonkeyPatch.context() as patch:
@@ -172,7 +172,7 @@ def test_tables_and_charts_need_no_script(opened: Callable[..., Any], report_fil
     expect(page.locator("main > section").first.locator("#chart-accuracy")).to_be_visible()
     for chart in ("accuracy", "loss", "agreement", "rule-sets", "length"):
         expect(page.locator(f"#chart-{chart} svg")).to_be_visible()
-    expect(page.locator("#provenance")).to_contain_text("artifacts/mini/logs/teacher-kd.csv")
+    expect(page.locator("#provenance")).to_contain_text("artifacts/mini/logs/teacher-kd-1.csv")
 
 
 def test_filters_find_what_the_logs_hold(opened: Callable[..., Any], report_file: Path, logs: Logs) -> None:

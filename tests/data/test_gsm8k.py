@@ -40,22 +40,22 @@ def folder_dataset(folder: Path, **changes: Any) -> config.FolderDataset:
 
 
 def test_folder_rows_keep_their_order_and_get_ids(folder: Path, tmp_path: Path) -> None:
-    gsm8k.prepare(folder_dataset(folder), 0, tmp_path / "data")
+    gsm8k.prepare(folder_dataset(folder), tmp_path / "data")
     rows = read_examples(tmp_path / "data" / "train.jsonl")
     assert rows[1] == Example("train-00002", "What is 1 + 1?", gsm8k_row(1)["answer"], gsm8k_row(1)["answer"])
     assert [row.id for row in read_examples(tmp_path / "data" / "test.jsonl")] == ["test-00001", "test-00002"]
 
 
 def test_socratic_answers_join_the_main_ones(folder: Path, tmp_path: Path) -> None:
-    gsm8k.prepare(folder_dataset(folder, answers="socratic"), 0, tmp_path / "data")
+    gsm8k.prepare(folder_dataset(folder, answers="socratic"), tmp_path / "data")
     row = read_examples(tmp_path / "data" / "train.jsonl")[0]
     assert row.answer == gsm8k_row(0)["answer"]
     assert row.target == f"How much? ** {row.answer}"
 
 
 def test_miniature_splits_share_no_question(tmp_path: Path) -> None:
-    values = {"source": "miniature", "answers": "socratic", "train_rows": 20, "test_rows": 10}
-    gsm8k.prepare(config.MiniatureDataset.model_validate(values), 3, tmp_path / "data")
+    values = {"source": "miniature", "seed": 3, "answers": "socratic", "train_rows": 20, "test_rows": 10}
+    gsm8k.prepare(config.MiniatureDataset.model_validate(values), tmp_path / "data")
     train = read_examples(tmp_path / "data" / "train.jsonl")
     test = read_examples(tmp_path / "data" / "test.jsonl")
     assert (len(train), len(test)) == (20, 10)
@@ -140,7 +140,8 @@ def test_hub_dataset_without_network_says_what_to_do(
         raise ConnectionError("no route to the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    tiny_params["dataset"] |= {"source": "hub", "name": "openai/gsm8k", "revision": "e" * 40}
+    rows = {"answers": "socratic", "train_rows": 12, "test_rows": 6}
+    tiny_params["dataset"] = {"source": "hub", "name": "openai/gsm8k", "revision": "e" * 40, **rows}
     write_params(tiny_params)
     assert main(["prepare"]) == 2
     assert "set `source: folder` and a path" in capsys.readouterr().err
@@ -162,7 +163,7 @@ def test_hub_rows_of_both_configurations_are_joined(
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     values = {"source": "hub", "name": "openai/gsm8k", "revision": "e" * 40, "answers": "socratic"}
-    gsm8k.prepare(config.HubDataset.model_validate(values | {"train_rows": 5, "test_rows": 5}), 0, tmp_path / "data")
+    gsm8k.prepare(config.HubDataset.model_validate(values | {"train_rows": 5, "test_rows": 5}), tmp_path / "data")
     assert read_examples(tmp_path / "data" / "train.jsonl")[4].target.startswith("How much? ** ")
     assert ("openai/gsm8k", "main", "test", "e" * 40) in asked
 
@@ -200,7 +201,7 @@ def test_final_answer(answer: str, number: str | None) -> None:
 @pytest.mark.skipif(not GSM8K.exists(), reason="the shared GSM8K folder is not beside this checkout")
 def test_real_gsm8k_is_read_whole(tmp_path: Path) -> None:
     rows = folder_dataset(GSM8K, train_rows=7473, test_rows=1319)
-    gsm8k.prepare(rows, 0, tmp_path / "data")
+    gsm8k.prepare(rows, tmp_path / "data")
     examples = read_examples(tmp_path / "data" / "train.jsonl")
     assert len(examples) == 7473
     assert final_answer(examples[0].answer) == "72"

@@ -35,7 +35,7 @@ def params(tiny_params: dict[str, Any], write_params: Write) -> dict[str, Any]:
 
 def variant(params: dict[str, Any], write_params: Write, name: str, **distill: Any) -> Config:
     """The params as another profile with the same data and teacher, and some settings of its own."""
-    write_params(params | {"profile": name, "seed": distill.pop("seed", 1), "distill": params["distill"] | distill})
+    write_params(params | {"profile": name, "seeds": [distill.pop("seed", 1)], "distill": params["distill"] | distill})
     folder = Path("artifacts", name)
     folder.mkdir(parents=True, exist_ok=True)
     for shared in ("data", "teacher"):
@@ -44,8 +44,8 @@ def variant(params: dict[str, Any], write_params: Write, name: str, **distill: A
     return load_config(Path("params.yaml"))
 
 
-def weights(config: Config, experiment: str) -> torch.Tensor:
-    tensors = load_file(config.artifacts / "adapters" / experiment / "adapter_model.safetensors")
+def weights(config: Config, run: str) -> torch.Tensor:
+    tensors = load_file(config.artifacts / "adapters" / run / "adapter_model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
@@ -53,18 +53,18 @@ def test_a_cohorts_students_are_those_trained_alone(params: dict[str, Any], writ
     plain = variant(params, write_params, "plain")
     hot = variant(params, write_params, "hot", seed=2, temperature=2.0, alpha=0.25, learning_rate=0.001)
     odd = variant(params, write_params, "odd", quirks=["teacher-order", "label-shift"], cosine_steps=12)
-    runs = [(plain, "fine-tuning"), (plain, "teacher-kd"), (hot, "base-kd"), (odd, "teacher-kd")]
+    runs = [(plain, "fine-tuning-1"), (plain, "teacher-kd-1"), (hot, "base-kd-2"), (odd, "teacher-kd-1")]
     train_cohort(runs, STATE)
-    together = [weights(config, experiment) for config, experiment in runs]
+    together = [weights(*run) for run in runs]
     for config, distill in ((plain, {}), (hot, {"seed": 2, "temperature": 2.0, "alpha": 0.25, "learning_rate": 0.001})):
         variant(params, write_params, config.profile, **distill)
-        for of, experiment in runs:
+        for of, run in runs:
             if of is config:
-                assert main(["train", experiment]) == 0
+                assert main(["train", run]) == 0
     variant(params, write_params, "odd", quirks=["teacher-order", "label-shift"], cosine_steps=12)
     assert main(["train", "teacher-kd"]) == 0
-    for ours, (config, experiment) in zip(together, runs, strict=True):
-        alone = weights(config, experiment)
+    for ours, run in zip(together, runs, strict=True):
+        alone = weights(*run)
         assert (ours - alone).norm() / alone.norm() < 1e-5
     assert (together[1] - together[3]).norm() / together[1].norm() > 1e-3
 
@@ -73,9 +73,9 @@ def test_a_killed_cohort_goes_on_and_ends_in_the_same_bytes(
     params: dict[str, Any], write_params: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params["distill"]["checkpoint_every"] = 8
-    runs = [(variant(params, write_params, f"seed-{seed}", seed=seed), "teacher-kd") for seed in (1, 2)]
+    runs = [(variant(params, write_params, f"seed-{seed}", seed=seed), f"teacher-kd-{seed}") for seed in (1, 2)]
     train_cohort(runs, STATE)
-    whole = [weights(config, experiment) for config, experiment in runs]
+    whole = [weights(*run) for run in runs]
     shutil.rmtree(STATE)
     real, steps = cohort.descend, []
 
@@ -105,26 +105,26 @@ def test_a_killed_cohort_goes_on_and_ends_in_the_same_bytes(
 def test_runs_that_cannot_share_a_forward_are_refused(params: dict[str, Any], write_params: Write) -> None:
     plain = variant(params, write_params, "plain")
     longer = variant(params, write_params, "longer", epochs=3)
-    with pytest.raises(UserError, match="longer/base-kd: other settings than the cohort's first run"):
-        train_cohort([(plain, "base-kd"), (longer, "base-kd")], STATE)
+    with pytest.raises(UserError, match="longer/base-kd-1: other settings than the cohort's first run"):
+        train_cohort([(plain, "base-kd-1"), (longer, "base-kd-1")], STATE)
     shorter = variant(params, write_params, "shorter", max_tokens=40)
-    with pytest.raises(UserError, match="shorter/base-kd: other settings"):
-        train_cohort([(plain, "base-kd"), (shorter, "base-kd")], STATE)
+    with pytest.raises(UserError, match="shorter/base-kd-1: other settings"):
+        train_cohort([(plain, "base-kd-1"), (shorter, "base-kd-1")], STATE)
     with pytest.raises(UserError, match="a cohort needs a student with a teacher"):
-        train_cohort([(plain, "fine-tuning")], STATE)
+        train_cohort([(plain, "fine-tuning-1")], STATE)
 
 
 def test_a_student_that_diverges_leaves_the_others_alone(
     params: dict[str, Any], write_params: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = variant(params, write_params, "plain")
-    train_cohort([(plain, "base-kd"), (plain, "teacher-kd")], STATE)
-    alone = weights(plain, "base-kd")
+    train_cohort([(plain, "base-kd-1"), (plain, "teacher-kd-1")], STATE)
+    alone = weights(plain, "base-kd-1")
     shutil.rmtree(STATE)
     wild = variant(params, write_params, "wild", learning_rate=1e30)
-    train_cohort([(plain, "base-kd"), (wild, "teacher-kd")], STATE)
-    assert torch.equal(weights(plain, "base-kd"), alone)
-    assert "wild/adapters/teacher-kd: diverged and is left out" in capsys.readouterr().err
+    train_cohort([(plain, "base-kd-1"), (wild, "teacher-kd-1")], STATE)
+    assert torch.equal(weights(plain, "base-kd-1"), alone)
+    assert "wild/adapters/teacher-kd-1: diverged and is left out" in capsys.readouterr().err
     assert not (wild.artifacts / "adapters").exists()
     ended = read_json(STATE / "cohort.json", "a cohort's end")
-    assert ended == {"students": ["plain/base-kd", "wild/teacher-kd"], "diverged": ["wild/teacher-kd"]}
+    assert ended == {"students": ["plain/base-kd-1", "wild/teacher-kd-1"], "diverged": ["wild/teacher-kd-1"]}

@@ -171,7 +171,7 @@ def test_unusable_searches_exit_2(
     ready["search"] |= {"learning_rate": None, "seeds": [1, 2, 1]}
     write_params(ready)
     assert main(["search", "teacher-kd"]) == 2
-    assert "search: seeds: a seed stands twice; name each once" in capsys.readouterr().err
+    assert "search.seeds: a seed stands twice; name each once" in capsys.readouterr().err
 
 
 def test_values_that_teach_nothing_are_said_to_teach_nothing(
@@ -211,8 +211,7 @@ def test_trials_trained_together_are_trials(
 def test_any_seed_that_params_take_is_taken_by_the_samplers(
     ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], seed: int
 ) -> None:
-    ready["seed"] = seed
-    ready["search"] |= {"trials": 1}
+    ready["search"] |= {"trials": 1, "seeds": [seed]}
     ready["distill"]["epochs"] = 1
     write_params(ready)
     assert main(["search", "teacher-kd"]) == 0
@@ -262,11 +261,11 @@ def trained(
     params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> Iterator[list[float]]:
     """The training losses of three seeds."""
+    write_params(params | {"seeds": [1, 2, 3]})
+    assert main(["train", "teacher-kd"]) == 0
+    capsys.readouterr()
     for seed in (1, 2, 3):
-        write_params(params | {"seed": seed})
-        assert main(["train", "teacher-kd"]) == 0
-        capsys.readouterr()
-        lines = Path("artifacts/mini/adapters/teacher-kd/loss/plots/metrics/loss.tsv").read_text().splitlines()
+        lines = Path(f"artifacts/mini/adapters/teacher-kd-{seed}/loss/plots/metrics/loss.tsv").read_text().splitlines()
         yield [float(line.split("\t")[1]) for line in lines[1:]]
 
 

@@ -25,7 +25,7 @@ from kd.data.rows import read_examples
 from kd.models.adapters import load_student
 from kd.paper import PROMPTS
 
-ADAPTER = Path("artifacts/mini/adapters/teacher-kd")
+ADAPTER = Path("artifacts/mini/adapters/teacher-kd-1")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def plain_published_loop(
             captured[f"Question {i}"] = teacher(ids).logits
     teacher_logits = [captured[key] for key in sorted(captured)]
 
-    torch.manual_seed(params["seed"])
+    torch.manual_seed(params["seeds"][0])
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     student = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora)
     student.train()
@@ -119,7 +119,7 @@ def test_fine_tuning_needs_no_teacher_and_differs(
     write_params(tiny_params)
     assert main(["prepare"]) == 0
     assert main(["train", "fine-tuning"]) == 0
-    folder = Path("artifacts/mini/adapters/fine-tuning")
+    folder = Path("artifacts/mini/adapters/fine-tuning-1")
     assert len(losses(folder)) == 24
     assert not (folder / "loss/plots/metrics/divergence.tsv").exists()
 
@@ -191,7 +191,7 @@ def test_diverging_run_stops_with_step_example_and_checkpoint_and_leaves_no_adap
     error = capsys.readouterr().err
     assert "kd: step 2 (train-00002): the loss became nan" in error
     assert re.search(
-        r"the last good checkpoint is artifacts/mini/adapters/\.partial/teacher-kd/[0-9a-f]{16}/checkpoints/00000001",
+        r"the last good checkpoint is artifacts/mini/adapters/\.partial/teacher-kd-1/[0-9a-f]{16}/checkpoints/00000001",
         error,
     )
     assert "lower `distill.learning_rate`" in error
@@ -203,7 +203,7 @@ def test_unknown_experiment_exits_2(
 ) -> None:
     write_params(tiny_params)
     assert main(["train", "no-distillation"]) == 2
-    assert "no-distillation: unknown experiment, expected one of fine-tuning, base-kd" in capsys.readouterr().err
+    assert "no-distillation: unknown student, expected one of fine-tuning, base-kd" in capsys.readouterr().err
 
 
 # Runs `kd train` in forked children, one after the other, each killed at a place's nth call: between two checkpoints,
@@ -230,7 +230,7 @@ KILL = """if True:
             os._exit(main(["train", "teacher-kd"]))
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status)
-        print(name, killed, os.path.exists("artifacts/mini/adapters/teacher-kd"))
+        print(name, killed, os.path.exists("artifacts/mini/adapters/teacher-kd-1"))
 """
 
 
@@ -244,7 +244,7 @@ def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
     shutil.rmtree(ADAPTER)
     done = subprocess.run([sys.executable, "-c", KILL], capture_output=True, text=True)
     assert done.stdout.split("\n") == ["Record 9 False", "write_json 9 False", "save_adapter 9 False", ""], done.stderr
-    (work,) = Path("artifacts/mini/adapters/.partial/teacher-kd").glob("?" * 16)
+    (work,) = Path("artifacts/mini/adapters/.partial/teacher-kd-1").glob("?" * 16)
     assert [path.name for path in (work / "checkpoints").iterdir()] == ["00000024"]
     assert main(["train", "teacher-kd"]) == 0
     assert {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()} == before
@@ -291,7 +291,7 @@ def test_a_signal_and_a_full_disk_end_with_what_is_kept(
     shutil.rmtree(ADAPTER)
     done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True)
     assert done.stdout.split() == ["143", "1", "1"], done.stderr
-    work = r"artifacts/mini/adapters/\.partial/teacher-kd/[0-9a-f]{16}"
+    work = r"artifacts/mini/adapters/\.partial/teacher-kd-1/[0-9a-f]{16}"
     full = rf"kd: {work}\S*: File too large; make room on that disk; the same command goes on from {work}/checkpoints/0"
     for name, said in (
         ("Record", rf"kd: terminated; the same command goes on from {work}/checkpoints/00000005\n"),
@@ -374,7 +374,7 @@ def test_every_projection_that_is_offered_is_trained_saved_merged_and_assessed(
     write_params(ready)
     for command in ("train", "assess"):
         assert main([command, "fine-tuning"]) == 0
-    folder = Path("artifacts/mini/adapters/fine-tuning")
+    folder = Path("artifacts/mini/adapters/fine-tuning-1")
     trained = load_file(folder / "adapter_model.safetensors")
     assert {name.split(".")[-3] for name in trained} == set(targets)
     assert all(tensor.any() for tensor in trained.values())  # B starts at zero

@@ -110,7 +110,10 @@ def test_students_take_a_gpu_each(small: dict[str, Any], tmp_path: Path) -> None
     done = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     seen = {line.split()[0]: line.split()[-1] for line in done.stderr.splitlines() if " | sees " in line}
-    assert {stage for stage in seen if stage.startswith("train")} == {"train@teacher-kd", "train-control@fine-tuning"}
+    assert {stage for stage in seen if stage.startswith("train")} == {
+        "train@teacher-kd-1",
+        "train-control@fine-tuning-1",
+    }
     assert len({gpu for stage, gpu in seen.items() if stage.startswith("train")}) == 2
     assert all(gpu.isdecimal() for gpu in seen.values())
-    assert (MINI / "logs/teacher-kd.csv").exists()
+    assert (MINI / "logs/teacher-kd-1.csv").exists()

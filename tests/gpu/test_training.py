@@ -28,7 +28,7 @@ from kd.store.head import TeacherHead
 pytestmark = pytest.mark.usefixtures("gpu")
 
 Write = Callable[[dict[str, Any]], None]
-ADAPTER = Path("artifacts/mini/adapters/teacher-kd")
+ADAPTER = Path("artifacts/mini/adapters/teacher-kd-1")
 VOCABULARY = 401
 DTYPES = ["bfloat16", "float32"]  # attention has another kernel in each
 
@@ -173,7 +173,7 @@ def test_memory_that_runs_out_is_said_with_the_last_checkpoint(
     assert error.startswith("kd: train, teacher-kd: the GPU's memory ran out (")
     assert "more asked for, " in error
     assert "lower `distill.batch_rows` (2) or `distill.max_tokens` (256)" in error
-    assert "the same command goes on from artifacts/mini/adapters/.partial/teacher-kd/" in error
+    assert "the same command goes on from artifacts/mini/adapters/.partial/teacher-kd-1/" in error
     assert error.endswith("/checkpoints/00000005")
     torch.cuda.set_per_process_memory_fraction(1.0)
     monkeypatch.setattr(checkpoint, "save", save)
@@ -209,12 +209,12 @@ def runs(params: dict[str, Any], write_params: Write) -> list[tuple[Config, str]
         Path("artifacts", name).mkdir()
         for shared in ("data", "teacher"):
             Path("artifacts", name, shared).symlink_to(Path("..", "mini", shared))
-        found.append((load_config(Path("params.yaml")), "teacher-kd"))
+        found.append((load_config(Path("params.yaml")), "teacher-kd-1"))
     return found
 
 
 def weights(config: Config) -> torch.Tensor:
-    tensors = load_file(config.artifacts / "adapters" / "teacher-kd" / "adapter_model.safetensors")
+    tensors = load_file(config.artifacts / "adapters" / "teacher-kd-1" / "adapter_model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 

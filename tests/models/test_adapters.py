@@ -17,8 +17,8 @@ from kd.config import load_config
 from kd.errors import UserError
 from kd.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
 
-FOLDER = Path("artifacts/mini/adapters/base-kd")
-AGAIN = "run `kd train base-kd` again"
+FOLDER = Path("artifacts/mini/adapters/base-kd-1")
+AGAIN = "run `kd train base-kd-1` again"
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
@@ -30,14 +30,14 @@ def adapter(
     write_params(tiny_params)
     tuned = student(tiny_llama, tiny_params["distill"]["lora"]["target_modules"])
     tuned.save_pretrained(FOLDER, save_embedding_layers=False)
-    assert adapter_folder(load_config(Path("params.yaml")), "base-kd") == FOLDER
+    assert adapter_folder(load_config(Path("params.yaml")), "base-kd-1") == FOLDER
     settings: dict[str, Any] = json.loads((FOLDER / ADAPTER_CONFIG).read_text())
     return settings
 
 
 def refusal() -> str:
     with pytest.raises(UserError) as caught:
-        adapter_folder(load_config(Path("params.yaml")), "base-kd")
+        adapter_folder(load_config(Path("params.yaml")), "base-kd-1")
     return str(caught.value)
 
 
@@ -115,7 +115,7 @@ def test_adapter_files_that_are_cut_or_pointers() -> None:
         path.unlink()
         assert f"no {name}; {AGAIN}" in refusal()
         path.write_bytes(whole)
-    assert adapter_folder(load_config(Path("params.yaml")), "base-kd") == FOLDER
+    assert adapter_folder(load_config(Path("params.yaml")), "base-kd-1") == FOLDER
 
 
 @pytest.mark.usefixtures("adapter")

@@ -46,13 +46,13 @@ def test_the_papers_profile_reruns_the_paper_and_the_others_say_why_they_do_not(
         ("distill.protocol", "aligned", ["another protocol"]),
         ("distill.learning_rate", 5e-5, ["other settings in training"]),
         ("distill.lora.rank", 8, ["other settings in training"]),
-        ("experiments.fine-tuning.max_new_tokens", 128, ["students asked in another way"]),
+        ("assess.max_new_tokens", 128, ["students asked in another way"]),
         # The same experiment, brought or run in another way.
         ("dataset", {"source": "folder", "path": ".", "answers": "socratic"} | ROWS, []),
         ("student.model", {"source": "folder", "path": "~/models/Meta-Llama-3.1-8B-Instruct"}, []),
         ("student.model.name", "meta-llama/Llama-3.1-8B-Instruct", []),
         ("teacher.batch_rows", 8, []),
-        ("seed", 2, []),
+        ("seeds", [2, 3], []),
     ],
 )  # fmt: skip
 def test_what_makes_another_experiment(key: str, value: Any, said: list[str], write_params: Write) -> None:
@@ -81,7 +81,7 @@ def paper_logs(write_params: Write) -> None:
                 taken = i + 2 if i % 2 == 0 and experiment.adapter else 0
                 said = f"{question}{experiment.suffix} \\boxed{{{taken}}}"
                 writer.writerow((question, answer, said, 9, False, taken, "boxed", taken > 0))
-    adapter = Path("artifacts/paper/adapters/teacher-kd")
+    adapter = Path("artifacts/paper/adapters/teacher-kd-1")
     adapter.mkdir(parents=True)
     (adapter / "check.json").write_text('{"check_loss": 9.8765, "rows": 6, "versions": {}}')
     one = {"mean_max_probability": 0.57312, "positions": 900, "questions": 7, "versions": {}}

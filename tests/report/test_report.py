@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from params import keep
+from params import keep, run_of
 from rows import prepare_tests
 
 from kd.cli import main
@@ -35,8 +35,8 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
     folder.mkdir(parents=True)
     suffixes = {name: one.suffix for name, one in load_config(Path("params.yaml")).experiments.items()}
     for right, experiment in enumerate(STUDENTS):
-        with (folder / f"{experiment}.csv").open("w", newline="") as file:
-            suffix = suffixes[experiment]
+        with (folder / f"{run_of(experiment)}.csv").open("w", newline="") as file:
+            suffix = suffixes[run_of(experiment)]
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for i in range(6):
@@ -62,7 +62,7 @@ def test_results_hold_counts_intervals_and_comparisons(capsys: pytest.CaptureFix
     assert main(["report", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results == json.loads((REPORT / "results.json").read_text())
-    assert list(results["experiments"]) == list(load_config(Path("params.yaml")).experiments)
+    assert list(results["experiments"]) == list(load_config(Path("params.yaml")).runs)
     assert set(results["experiments"]) == set(STUDENTS)
     row = results["experiments"]["confidence-kd"]
     assert (row["correct"], row["rows"], row["accuracy"], row["undecided"]) == (3, 6, 0.5, [6])
@@ -130,11 +130,11 @@ def test_the_page_counts_what_the_table_counts_and_says_what_it_was_made_of() ->
     decided = ("row", "question", "sha256", "answer")
     question, response = "How many are 5 and 2?", "They are many."
     Path("reviews").mkdir()
-    with Path("reviews/teacher-kd.csv").open("w", newline="") as file:
+    with Path("reviews/teacher-kd-1.csv").open("w", newline="") as file:
         csv.writer(file).writerows([decided, (6, question, response_sha256(question, response), 7)])
     assert main(["report"]) == 0
     page = (REPORT / "index.html").read_text()
-    assert sha256(Path("artifacts/mini/logs/teacher-kd.csv")) in page
+    assert sha256(Path("artifacts/mini/logs/teacher-kd-1.csv")) in page
     assert "distill.lora.rank" in page
     assert "chart-loss" not in page  # no adapter is here
     rows = json.loads(zlib.decompress(base64.b64decode(page.partition('id="packed">')[2].partition("<")[0])))
@@ -165,9 +165,9 @@ def test_a_profile_without_a_control_says_what_is_missing(
 
 @pytest.mark.usefixtures("logs")
 def test_a_missing_log_says_which_command_makes_it(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("artifacts/mini/logs/teacher-kd.csv").unlink()
+    Path("artifacts/mini/logs/teacher-kd-1.csv").unlink()
     assert main(["report"]) == 2
-    assert "run `kd assess teacher-kd`" in capsys.readouterr().err
+    assert "run `kd assess teacher-kd-1`" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("logs")
@@ -175,12 +175,12 @@ def test_a_missing_log_says_which_command_makes_it(capsys: pytest.CaptureFixture
     ("old", "new", "message"),
     [
         ("correct", "right", "no column 'correct'"),
-        ("True", "True\nx", "teacher-kd.csv row 2: not as many cells"),
-        ("undecided", '"undecided', "teacher-kd.csv row 6: not readable as CSV"),
+        ("True", "True\nx", "teacher-kd-1.csv row 2: not as many cells"),
+        ("undecided", '"undecided', "teacher-kd-1.csv row 6: not readable as CSV"),
     ],
 )
 def test_an_unusable_log_is_refused(capsys: pytest.CaptureFixture[str], old: str, new: str, message: str) -> None:
-    path = Path("artifacts/mini/logs/teacher-kd.csv")
+    path = Path("artifacts/mini/logs/teacher-kd-1.csv")
     path.write_text(path.read_text().replace(old, new, 1))
     assert main(["report"]) == 2
     assert message in capsys.readouterr().err
@@ -188,15 +188,15 @@ def test_an_unusable_log_is_refused(capsys: pytest.CaptureFixture[str], old: str
 
 @pytest.mark.usefixtures("logs")
 def test_a_log_with_too_few_rows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path("artifacts/mini/logs/teacher-kd.csv")
+    path = Path("artifacts/mini/logs/teacher-kd-1.csv")
     path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")  # an answer has two lines
     assert main(["report"]) == 2
-    assert "5 rows where the test set has 6; run `kd assess teacher-kd` again" in capsys.readouterr().err
+    assert "5 rows where the test set has 6; run `kd assess teacher-kd-1` again" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("logs")
 def test_check_losses_stand_behind_the_table() -> None:
-    adapter = Path("artifacts/mini/adapters/teacher-kd")
+    adapter = Path("artifacts/mini/adapters/teacher-kd-1")
     adapter.mkdir(parents=True)
     (adapter / "check.json").write_text('{"check_loss": 9.8765, "rows": 6, "versions": {"torch": "2.4.0"}}')
     assert main(["report"]) == 0
@@ -235,12 +235,12 @@ def test_a_student_that_collapsed_stays_in_the_table_and_is_marked(capsys: pytes
 @pytest.mark.parametrize("row", ["3\tnan", "3\tx", "x\t2.0"])
 def test_an_unusable_loss_curve_is_refused(capsys: pytest.CaptureFixture[str], row: str) -> None:
     lose("base-kd", [2.0] * 3)
-    with Path("artifacts/mini/adapters/base-kd/loss/plots/metrics/loss.tsv").open("a") as file:
+    with Path("artifacts/mini/adapters/base-kd-1/loss/plots/metrics/loss.tsv").open("a") as file:
         file.write(row + "\n")
     assert main(["report"]) == 2
     said = capsys.readouterr().err
     assert "loss.tsv row 4: " in said
-    assert "run `kd train base-kd` again" in said
+    assert "run `kd train base-kd-1` again" in said
 
 
 @pytest.mark.usefixtures("logs")
@@ -252,13 +252,13 @@ def test_a_loss_curve_without_updates_is_none(capsys: pytest.CaptureFixture[str]
 
 def lose(name: str, losses: list[float]) -> None:
     """The loss curve that training leaves."""
-    folder = Path("artifacts/mini/adapters", name, "loss/plots/metrics")
+    folder = Path("artifacts/mini/adapters", run_of(name), "loss/plots/metrics")
     folder.mkdir(parents=True)
     (folder / "loss.tsv").write_text("step\tloss\n" + "".join(f"{i}\t{loss}\n" for i, loss in enumerate(losses)))
 
 
 def always_at_the_limit(name: str) -> None:
-    path = Path(f"artifacts/mini/logs/{name}.csv")
+    path = Path(f"artifacts/mini/logs/{run_of(name)}.csv")
     with path.open(newline="") as file:
         rows = [row | {"model_max_tokens": "True"} for row in csv.DictReader(file)]
     with path.open("w", newline="") as file:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from params import experiments, keep
+from params import experiments, keep, run_of
 from rows import prepare_tests
 
 from kd.cli import main
@@ -48,13 +48,17 @@ def questions(begin: str) -> list[tuple[str, str]]:
 def write_logs(params: dict[str, Any], tests: list[Example]) -> None:
     LOGS.mkdir(parents=True, exist_ok=True)
     for name in NAMES:
-        prompts = [test.question + experiments(params)[name].suffix for test in tests]
+        prompts = [test.question + experiments(params)[run_of(name)].suffix for test in tests]
         answers = [Response(f" {text}", 5 + i, i == 1) for i, text in enumerate(RESPONSES[name])]
-        (LOGS / f"{name}.csv").write_text(log_text(tests, prompts, answers), newline="")
+        log(name).write_text(log_text(tests, prompts, answers), newline="")
+
+
+def log(name: str) -> Path:
+    return LOGS / f"{run_of(name)}.csv"
 
 
 def rows_of(name: str) -> Rows:
-    with (LOGS / f"{name}.csv").open(encoding="utf-8-sig", newline="") as file:
+    with log(name).open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -64,7 +68,7 @@ def save(name: str, rows: Rows, delimiter: str = ",", encoding: str = "utf-8-sig
     writer = csv.DictWriter(table, rows[0], delimiter=delimiter, **changes)  # type: ignore[arg-type]
     writer.writeheader()
     writer.writerows(rows)
-    (LOGS / f"{name}.csv").write_bytes(table.getvalue().encode(encoding))
+    log(name).write_bytes(table.getvalue().encode(encoding))
 
 
 def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -106,10 +110,10 @@ def test_any_order_gives_the_same_answers(logs: dict[str, Any], order: list[int]
     del logs
     config = load_config(Path("params.yaml"))
     rows = rows_of("teacher-kd")
-    right = [row.right for row in read_answered(config, "teacher-kd")]
+    right = [row.right for row in read_answered(config, "teacher-kd-1")]
     save("teacher-kd", [rows[i] for i in order])
-    assert sorted(row.tokens for row in read_answered(config, "teacher-kd")) == list(range(5, 11))
-    assert [row.right for row in read_answered(config, "teacher-kd")] == right
+    assert sorted(row.tokens for row in read_answered(config, "teacher-kd-1")) == list(range(5, 11))
+    assert [row.right for row in read_answered(config, "teacher-kd-1")] == right
     save("teacher-kd", rows)
 
 
@@ -117,7 +121,7 @@ def test_of_a_question_that_stands_twice_the_first_row_is_the_firsts(logs: dict[
     del logs
     rows = rows_of("teacher-kd")
     save("teacher-kd", [rows[4], *rows[1:4], rows[0], rows[5]])
-    answered = read_answered(load_config(Path("params.yaml")), "teacher-kd")
+    answered = read_answered(load_config(Path("params.yaml")), "teacher-kd-1")
     assert [row.response for row in answered][::4] == ["none", "\\boxed{19}"]
 
 
@@ -164,7 +168,7 @@ def test_another_systems_line_ends_change_no_result(logs: dict[str, Any], capsys
     assert main(["review", "base-kd", "--import", "sheet.csv"]) == 0
     before = reported(capsys)
     assert before["experiments"]["base-kd"]["by_hand"] == 1
-    for path in (*(LOGS / f"{name}.csv" for name in NAMES), Path("reviews/base-kd.csv")):
+    for path in (*map(log, NAMES), Path("reviews/base-kd-1.csv")):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert reported(capsys) == before
 
@@ -185,7 +189,8 @@ REFUSED: dict[str, tuple[Callable[[Rows], object], str]] = {
         lambda rows: rows.__setitem__(0, rows[3]), "row 4: an earlier row has the same question; remove"
     ),
     "a row less": (
-        lambda rows: rows.pop(2), "no row of test-00003, 5 rows where the test set has 6; run `kd assess base-kd` again"
+        lambda rows: rows.pop(2),
+        "no row of test-00003, 5 rows where the test set has 6; run `kd assess base-kd-1` again",
     ),
     "another prompt": (
         lambda rows: rows[1].update(model_answer="Why? 70000"), "row 2: model_answer does not begin with the question"
@@ -220,17 +225,17 @@ def test_a_row_that_is_none_of_the_experiments_is_named(
     rows = rows_of("base-kd")
     change(rows)
     save("base-kd", rows)
-    assert f"kd: artifacts/mini/logs/base-kd.csv{':' if kind == 'a row less' else ''} {message}" in refusal(capsys)
+    assert f"kd: artifacts/mini/logs/base-kd-1.csv{':' if kind == 'a row less' else ''} {message}" in refusal(capsys)
 
 
-@pytest.mark.parametrize(("log", "taken_for"), [("no-distillation", "base-kd"), ("base-kd", "no-distillation")])
+@pytest.mark.parametrize(("written", "taken_for"), [("no-distillation", "base-kd"), ("base-kd", "no-distillation")])
 def test_a_log_with_another_experiments_suffix_is_refused(
-    logs: dict[str, Any], capsys: pytest.CaptureFixture[str], log: str, taken_for: str
+    logs: dict[str, Any], capsys: pytest.CaptureFixture[str], written: str, taken_for: str
 ) -> None:
     del logs
-    shutil.copy(LOGS / f"{log}.csv", LOGS / f"{taken_for}.csv")
+    shutil.copy(log(written), log(taken_for))
     said = refusal(capsys)
-    assert f"{taken_for}.csv row 1: model_answer does not begin with the question and this experiment's suffix" in said
+    assert f"{log(taken_for)} row 1: model_answer does not begin with the question and this experiment's suffix" in said
 
 
 def test_a_log_of_another_data_set_does_not_come_into_the_table(
@@ -238,13 +243,14 @@ def test_a_log_of_another_data_set_does_not_come_into_the_table(
 ) -> None:
     tests = DATA.read_text()
     write_logs(logs, prepare_tests(questions("How many")))
-    other = (LOGS / "teacher-kd.csv").read_text()
+    other = log("teacher-kd").read_text()
     DATA.write_text(tests)
     write_logs(logs, prepare_tests(questions("How much")))
-    (LOGS / "teacher-kd.csv").write_text(other)
+    log("teacher-kd").write_text(other)
     said = refusal(capsys)
     assert (
-        "teacher-kd.csv row 1: no test question has this question and answer; run `kd assess teacher-kd` again" in said
+        "teacher-kd-1.csv row 1: no test question has this question and answer; run `kd assess teacher-kd-1` again"
+        in said
     )
 
 
@@ -265,7 +271,7 @@ def test_whatever_a_response_holds_its_log_is_read_back(logs: dict[str, Any], te
     tests = prepare_tests(questions("How much"))
     prompts = [test.question for test in tests]
     answers = [Response(f"{text}{i}", 1, False) for i in range(3)] + [Response(text, 1, False)] * 3
-    (LOGS / "base-kd.csv").write_text(log_text(tests, prompts, answers), newline="")
-    answered = read_answered(load_config(Path("params.yaml")), "base-kd")
+    log("base-kd").write_text(log_text(tests, prompts, answers), newline="")
+    answered = read_answered(load_config(Path("params.yaml")), "base-kd-1")
     assert [row.written for row in answered] == [answer.text for answer in answers]
     del logs

@@ -29,8 +29,8 @@ from kd.io.text import printable
 from kd.scoring.log import COLUMNS
 from kd.scoring.review import SHEET_COLUMNS, OpenRow, export_sheet, highlighted
 
-LOG = Path("artifacts/mini/logs/teacher-kd.csv")
-DECISIONS = Path("reviews/teacher-kd.csv")
+LOG = Path("artifacts/mini/logs/teacher-kd-1.csv")
+DECISIONS = Path("reviews/teacher-kd-1.csv")
 # Row 2 is settled by a rule; 1, 3 and 4 are open. The true answers are 10, 20, 30, 40.
 RESPONSES = ["ten, I think", "It is 20", "no, thirty", "forty \x1b[2J\ud83d"]
 
@@ -236,7 +236,7 @@ def test_spoilt_decisions_are_refused(capsys: pytest.CaptureFixture[str], rows: 
     DECISIONS.parent.mkdir()
     DECISIONS.write_text(f"row,question,sha256,answer\n{rows}\n")
     assert main(["report"]) == 2
-    assert f"reviews/teacher-kd.csv {message}" in capsys.readouterr().err
+    assert f"reviews/teacher-kd-1.csv {message}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("log")

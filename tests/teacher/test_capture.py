@@ -235,7 +235,7 @@ def test_a_quirk_that_is_not_the_teachers_trains_on_the_store_that_is_there(
         tiny_params["distill"] |= {"protocol": "aligned", "quirks": list(quirks), "epochs": 1}
         write_params(tiny_params)
         assert main(["train", "teacher-kd"]) == 0
-        return Path("artifacts/mini/adapters/teacher-kd/adapter_model.safetensors").read_bytes()
+        return Path("artifacts/mini/adapters/teacher-kd-1/adapter_model.safetensors").read_bytes()
 
     tiny_params["distill"]["protocol"] = "aligned"
     write_params(tiny_params)
@@ -244,7 +244,7 @@ def test_a_quirk_that_is_not_the_teachers_trains_on_the_store_that_is_there(
     before = MANIFEST.read_bytes()
     students = {trained(), trained("label-shift"), trained("teacher-order"), trained("teacher-order", "label-shift")}
     assert len(students) == 4
-    card = Path("artifacts/mini/adapters/teacher-kd/README.md").read_text()
+    card = Path("artifacts/mini/adapters/teacher-kd-1/README.md").read_text()
     assert "- protocol: aligned (but for teacher-order, label-shift)" in card
     assert MANIFEST.read_bytes() == before
 
