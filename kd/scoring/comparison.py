@@ -24,8 +24,9 @@ questions. A seed that collapsed is one of the seeds: it makes S large, and the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite, sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,16 +42,17 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference in mean accuracy of two students, as shares.
+    """The difference in mean accuracy of two students, as shares, with its 95 % and 90 % intervals.
 
-    `interval` is its 95 % interval, `interval_90` the 90 % one, `p` two-sided and `p_holm` the same after Holm's
-    correction over the family it belongs to. `detectable` is the smallest difference that data of this variance shows
-    with 80 % power, at the level that Holm's correction asks of the first of the family; above 1, none is. `only_first`
-    and `only_second` are the questions that one alone has right, on average over the pairs of runs. `covers_seeds`:
-    whether p and intervals speak of other seeds; not where a trained student has one run.
+    `p` is two-sided, `p_holm` the same after Holm's correction over the family it belongs to. `detectable` is the
+    smallest difference that data of this variance shows with 80 % power, at the level that Holm's correction asks of
+    the first of the family; above 1, none is. `only_first` and `only_second` are the questions that one alone has
+    right, on average over the pairs of runs. `covers_seeds`: whether p and intervals speak of other seeds; not where a
+    trained student has one run.
     """
 
     difference: float
+    standard_error: float
     interval: Interval
     interval_90: Interval
     p: float
@@ -82,18 +84,30 @@ def compare_runs(first: Right, second: Right, tests: int = 1) -> Difference:
     With one run a side p is McNemar's exact test and the intervals are Bonett and Price's (2012). Of one seed against
     several the one is taken to vary as the several do. `tests` is the size of the family.
     """
+    from scipy.special import nctdtrinc, stdtr
+
     if first.shape[-1] != second.shape[-1]:
         raise ValueError(f"{first.shape[-1]} and {second.shape[-1]} questions, expected the same")
     runs = [np.atleast_2d(side) for side in (first, second)]
     shares = [side.mean(axis=0) for side in runs]
     only = float(shares[0] @ (1 - shares[1])), float(shares[1] @ (1 - shares[0]))
+    difference = centre = float(runs[0].mean() - runs[1].mean())
     if len(runs[0]) == len(runs[1]) == 1:
-        intervals, p, detectable = _of_questions(round(only[0]), round(only[1]), first.shape[-1], tests)
+        differing = round(only[0]), round(only[1])
+        centre, error, freedom = *_of_single_runs(*differing, len(shares[0])), inf
+        p, detectable = mcnemar(*differing), _detectable(sum(differing), len(shares[0]), tests)
     else:
-        intervals, p, detectable = _of_seeds(shares[0] - shares[1], _seeds(first, second), tests)
-    difference = float(runs[0].mean() - runs[1].mean())
+        variance, freedom = _variance(shares[0] - shares[1], _seeds(first, second))
+        error = sqrt(variance)
+        p = 2 * float(stdtr(freedom, -abs(difference) / error))
+        # Where a noncentral t exceeds the critical value as often as POWER says.
+        detectable = error * float(nctdtrinc(freedom, 1 - POWER, _critical(tests, freedom)))
+    interval, interval_90 = (
+        (max(-1.0, centre - arm), min(1.0, centre + arm))
+        for arm in (error * _quantile(0.975, freedom), error * _quantile(0.95, freedom))
+    )
     covers_seeds = all(side.ndim == 1 or len(side) > 1 for side in (first, second))
-    return Difference(difference, *intervals, p, p, detectable, *only, covers_seeds)
+    return Difference(difference, error, interval, interval_90, p, p, detectable, *only, covers_seeds)
 
 
 def compare_family(pairs: Iterable[tuple[str, str]], right: Mapping[str, Right]) -> dict[tuple[str, str], Difference]:
@@ -102,6 +116,14 @@ def compare_family(pairs: Iterable[tuple[str, str]], right: Mapping[str, Right])
     found = [compare_runs(right[first], right[second], len(names)) for first, second in names]
     corrected = holm([one.p for one in found])
     return {pair: replace(one, p_holm=p) for pair, one, p in zip(names, found, corrected, strict=True)}
+
+
+def as_rows(family: Mapping[tuple[str, str], Difference]) -> list[dict[str, Any]]:
+    """The comparisons of a family for a document, each with both names and whether one of MARGIN is `excluded`."""
+    return [
+        {"first": first, "second": second, **asdict(one), "excluded": one.excludes(MARGIN)}
+        for (first, second), one in family.items()
+    ]
 
 
 def accuracy_interval(right: Right) -> Interval:
@@ -119,43 +141,19 @@ def accuracy_interval(right: Right) -> Interval:
     return score_interval(share, independent, _quantile(0.975, freedom))
 
 
-def _of_seeds(
-    by_question: NDArray[np.float64], seeds: Sequence[_Seeds], tests: int
-) -> tuple[tuple[Interval, Interval], float, float]:
-    """Both intervals, p and the detectable difference, of the differences in the mean over seeds on each question."""
-    from scipy.special import nctdtrinc, stdtr
-
-    variance, freedom = _variance(by_question, seeds)
-    error, difference = sqrt(variance), float(by_question.mean())
-    critical = _quantile(1 - LEVEL / 2 / tests, freedom)
-    return (
-        (
-            _around(difference, error * _quantile(0.975, freedom)),
-            _around(difference, error * _quantile(0.95, freedom)),
-        ),
-        2 * float(stdtr(freedom, -abs(difference) / error)),
-        error * float(nctdtrinc(freedom, 1 - POWER, critical)),  # where a noncentral t exceeds it so often
-    )
-
-
-def _of_questions(
-    only_first: int, only_second: int, questions: int, tests: int
-) -> tuple[tuple[Interval, Interval], float, float]:
-    """The same of two single runs, by the questions that one of them alone has right.
-
-    A difference takes as many questions on which the two differ, at least; so the detectable one is never below what
-    as many alone would show.
-    """
+def _of_single_runs(only_first: int, only_second: int, questions: int) -> tuple[float, float]:
+    """The centre of Bonett and Price's intervals and its standard error: two questions more, of which each run alone
+    has one right."""
     shares = (only_first + 1) / (questions + 2), (only_second + 1) / (questions + 2)
-    difference = shares[0] - shares[1]
-    error = sqrt((sum(shares) - difference**2) / (questions + 2))
-    quantiles = _quantile(1 - LEVEL / 2 / tests, inf) + _quantile(POWER, inf)
-    differing = max((only_first + only_second) / questions, quantiles**2 / questions)
-    return (
-        (_around(difference, error * _quantile(0.975, inf)), _around(difference, error * _quantile(0.95, inf))),
-        mcnemar(only_first, only_second),
-        quantiles * sqrt(differing / questions),
-    )
+    centre = shares[0] - shares[1]
+    return centre, sqrt((sum(shares) - centre**2) / (questions + 2))
+
+
+def _detectable(differing: int, questions: int, tests: int) -> float:
+    """The difference that McNemar's test shows with 80 % power where single runs differ on so many questions (Connor
+    1987, whose errors are taken as equal); they differ on no fewer than such a difference itself takes."""
+    quantiles = _critical(tests, inf) + _quantile(POWER, inf)
+    return quantiles * sqrt(max(differing, quantiles**2)) / questions
 
 
 def _seeds(*students: Right) -> list[_Seeds]:
@@ -194,9 +192,9 @@ def _variance(by_question: NDArray[np.float64], seeds: Sequence[_Seeds]) -> tupl
     return variance, variance**2 / sum(term**2 / of for term, of in terms)
 
 
-def _around(difference: float, arm: float) -> Interval:
-    """An interval of a difference of shares."""
-    return max(-1.0, difference - arm), min(1.0, difference + arm)
+def _critical(tests: int, freedom: float) -> float:
+    """What t must exceed at the level that Holm's correction asks of the first of so many tests."""
+    return _quantile(1 - LEVEL / 2 / tests, freedom)
 
 
 def _quantile(share: float, freedom: float) -> float:
