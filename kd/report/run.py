@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from kd.config import Config
@@ -12,9 +13,10 @@ from kd.report import charts, tables
 from kd.report.explorer import Question, Responses, pack
 from kd.report.finding import comparability, finding
 from kd.report.page import Section, folded, listing, page, paragraph, table
-from kd.report.results import Curve, collect, read_curves
+from kd.report.reading import Curve, Run, read_runs
+from kd.report.results import collect
 from kd.scoring.extract import RULE_SETS, extract
-from kd.scoring.log import Answered, is_correct, log_file, read_answered
+from kd.scoring.log import Answered, is_correct, log_file
 from kd.scoring.rules.rule import Extraction
 
 COUNTED = "as counted: documented rules, then by hand"
@@ -28,20 +30,20 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 def report(config: Config) -> dict[str, Any]:
     """Score every experiment's log and write artifacts/<profile>/report; returns the results."""
-    answered = {name: read_answered(config, name) for name in config.experiments}
-    curves = read_curves(config)
-    results = collect(config, answered, curves)
-    responses = {name: _responses(rows) for name, rows in answered.items()}
-    shown = [charts.drawn(chart) for chart in _charts(results, responses, curves)]
+    runs = read_runs(config)
+    results = collect(config, runs)
+    responses = {name: {run.name: _responses(run.rows) for run in student} for name, student in runs.items()}
+    curves = {run.name: run.curve for student in runs.values() for run in student if run.curve}
+    shown = [charts.drawn(chart) for chart in _charts(results, responses, runs)]
     with whole_folder(config.artifacts / "report") as work:
         write_json(work / "results.json", results)
         write_text(work / "results.md", tables.markdown(results))
         for chart, drawn in shown:
             charts.write_chart(chart, drawn, work)
-        for student, curve in curves.items():
+        for name, curve in curves.items():
             (work / LOSSES).mkdir(exist_ok=True)
-            write_text(work / LOSSES / f"{student}.tsv", _tsv(curve))
-        questions = [_question(row) for row in next(iter(answered.values()))]
+            write_text(work / LOSSES / f"{name}.tsv", _tsv(curve))
+        questions = [_question(row) for row in next(iter(runs.values()))[0].rows]
         write_text(
             work / "index.html",
             page(
@@ -50,7 +52,7 @@ def report(config: Config) -> dict[str, Any]:
                 [finding(results), comparability(results)],
                 _results(results),
                 shown,
-                pack(questions, responses),
+                pack(questions, {run: one for student in responses.values() for run, one in student.items()}),
                 _provenance(config, results),
             ),
         )
@@ -85,19 +87,27 @@ def _counted(row: Answered, found: Extraction) -> Extraction:
 
 
 def _charts(
-    results: dict[str, Any], responses: Mapping[str, Responses], curves: Mapping[str, Curve]
+    results: dict[str, Any], responses: Mapping[str, Mapping[str, Responses]], runs: Mapping[str, Sequence[Run]]
 ) -> Iterator[charts.Chart]:
-    counted = {name: [found.answer for found in one.taken[COUNTED]] for name, one in responses.items()}
-    right = {name: one.right[COUNTED] for name, one in responses.items()}
+    students = {name: list(one.values()) for name, one in responses.items()}
     yield charts.accuracy_chart(results["experiments"], results["control"])
-    if curves:
-        yield charts.loss_chart(curves)
+    curves = {name: [run.curve for run in student if run.curve] for name, student in runs.items()}
+    if any(curves.values()):
+        yield charts.loss_chart({name: found for name, found in curves.items() if found})
+    counted = {
+        name: [[found.answer for found in one.taken[COUNTED]] for one in student] for name, student in students.items()
+    }
+    right = {name: [one.right[COUNTED] for one in student] for name, student in students.items()}
     yield charts.agreement_chart(counted, right)
     yield charts.rule_set_chart(
-        {name: {r: sum(one.right[r]) / len(one.texts) for r in READERS} for name, one in responses.items()}
+        {
+            name: {rules: fmean(fmean(one.right[rules]) for one in student) for rules in READERS}
+            for name, student in students.items()
+        }
     )
     yield charts.length_chart(
-        {name: one.tokens for name, one in responses.items()}, {name: one.cut for name, one in responses.items()}
+        {name: [length for one in student for length in one.tokens] for name, student in students.items()},
+        {name: [cut for one in student for cut in one.cut] for name, student in students.items()},
     )
 
 
@@ -106,7 +116,8 @@ def _tsv(curve: Curve) -> str:
 
 
 def _results(results: dict[str, Any]) -> list[Section]:
-    pairs = table(tables.pair_rows(results["comparisons"]), tables.PAIRS_TITLE)
+    rows = tables.pair_rows(results["comparisons"], tables.collapsed(results))
+    pairs = table(rows, tables.pairs_title(seeds=tables.has_seeds(results)))
     sections = [
         Section(
             "The experiments",
@@ -114,6 +125,9 @@ def _results(results: dict[str, Any]) -> list[Section]:
         ),
         Section("Pairs", folded("All pairs of experiments on the same questions", pairs)),
     ]
+    if tables.has_seeds(results):
+        runs = table(tables.run_rows(results), "Test questions that are right, with each seed")
+        sections.append(Section("Seeds", folded("Every run by itself", runs)))
     if results["check_losses"]:
         caption = "Mean cross entropy of answer token i at question position i, over the test rows"
         sections.append(
