@@ -47,7 +47,7 @@ def prepare(
     answers = {name: [[found.answer for found in one.taken[COUNTED]]] for name, one in responses.items()}
     return Prepared(
         len(questions),
-        pack(questions, responses),
+        pack(questions, {name: {name: one} for name, one in responses.items()}),
         charts.drawn(charts.agreement_chart(answers, {name: [rows] for name, rows in right.items()})),
         charts.drawn(
             charts.length_chart(

@@ -52,7 +52,7 @@ def report(config: Config) -> dict[str, Any]:
                 [finding(results), comparability(results)],
                 _results(results),
                 shown,
-                pack(questions, {run: one for student in responses.values() for run, one in student.items()}),
+                pack(questions, responses),
                 _provenance(config, results),
             ),
         )

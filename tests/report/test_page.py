@@ -55,11 +55,13 @@ def test_what_is_packed_is_what_was_taken() -> None:
     responses = Responses(
         ["it 3", "", "so"], [1, 0, 2], [False, True, False], {"r": taken}, {"r": [True, False, False]}
     )
-    found = unpack(pack([Question(f"q{i}", "w", "3") for i in range(3)], {"a": responses, "b": responses}))
-    assert found["experiments"] == ["a", "b"]
+    questions = [Question(f"q{i}", "w", "3") for i in range(3)]
+    found = unpack(pack(questions, {"a": {"a": responses}, "b": {"b-1": responses, "b-2": responses}}))
+    assert found["experiments"] == ["a", "b-1", "b-2"]
+    assert found["students"] == [["a", [0]], ["b", [1, 2]]]
     assert found["questions"][2] == ["q2", "w", "3"]
-    assert found["responses"] == [["it 3"] * 2, [""] * 2, ["so"] * 2]
-    assert found["cut"] == ["010", "010"]
+    assert found["responses"] == [["it 3"] * 3, [""] * 3, ["so"] * 3]
+    assert found["cut"] == ["010"] * 3
     one = found["readings"][0][1]
     assert one["answers"] == ["3", None, "5"]
     assert [found["rules"][rule] for rule in one["rules"]] == ["boxed", "undecided", "answer-is"]
@@ -70,7 +72,8 @@ def test_what_is_packed_is_what_was_taken() -> None:
 def test_spans_are_counted_as_javascript_counts(before: str, answer: str, behind: str) -> None:
     text = before + answer + behind
     found = Extraction("1", "rule", (len(before), len(before) + len(answer)))
-    packed = unpack(pack([Question("", "", "")], {"a": Responses([text], [1], [False], {"r": [found]}, {"r": [True]})}))
+    responses = Responses([text], [1], [False], {"r": [found]}, {"r": [True]})
+    packed = unpack(pack([Question("", "", "")], {"a": {"a": responses}}))
     (start, stop), units = packed["readings"][0][0]["spans"][0], text.encode("utf-16-le", "surrogatepass")
     assert units[2 * start : 2 * stop].decode("utf-16-le", "surrogatepass") == answer
 
