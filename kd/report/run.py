@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -89,11 +90,21 @@ def _counted(row: Answered, found: Extraction) -> Extraction:
 def _charts(
     results: dict[str, Any], responses: Mapping[str, Mapping[str, Responses]], runs: Mapping[str, Sequence[Run]]
 ) -> Iterator[charts.Chart]:
-    students = {name: list(one.values()) for name, one in responses.items()}
     yield charts.accuracy_chart(results["experiments"], results["control"])
-    curves = {name: [run.curve for run in student if run.curve] for name, student in runs.items()}
-    if any(curves.values()):
-        yield charts.loss_chart({name: found for name, found in curves.items() if found})
+    fallen = tables.collapsed(results)
+    called = {name: name + tables.MARK * (name in fallen) for name in runs}
+    students = {called[name]: list(one.values()) for name, one in responses.items()}
+    curves = {called[name]: [run.curve for run in student if run.curve] for name, student in runs.items()}
+    for chart in _more_charts(students, {name: found for name, found in curves.items() if found}):
+        yield replace(chart, caption=f"{chart.caption.removesuffix('.')}{tables.starred(results)}.")
+
+
+def _more_charts(
+    students: Mapping[str, Sequence[Responses]], curves: Mapping[str, Sequence[Curve]]
+) -> Iterator[charts.Chart]:
+    """Those behind the accuracies, of every student's runs."""
+    if curves:
+        yield charts.loss_chart(curves)
     counted = {
         name: [[found.answer for found in one.taken[COUNTED]] for one in student] for name, student in students.items()
     }
@@ -116,14 +127,13 @@ def _tsv(curve: Curve) -> str:
 
 
 def _results(results: dict[str, Any]) -> list[Section]:
-    rows = tables.pair_rows(results["comparisons"], tables.collapsed(results))
-    pairs = table(rows, tables.pairs_title(seeds=tables.has_seeds(results)))
+    title, pairs = tables.pair_table(results)
     sections = [
         Section(
             "The experiments",
             table(tables.result_rows(results), "Test questions that are right") + listing(tables.notes(results)),
         ),
-        Section("Pairs", folded("All pairs of experiments on the same questions", pairs)),
+        Section("Pairs", folded("All pairs of experiments on the same questions", table(pairs, title))),
     ]
     if tables.has_seeds(results):
         runs = table(tables.run_rows(results), "Test questions that are right, with each seed")

@@ -22,16 +22,18 @@ PAIRS_HEADER = (
     "detectable",
     "excluded",
 )
+ONE_RUN, SEVERAL_RUNS = "McNemar's exact test", "a t-test over seeds and questions"
 MARK = "*"  # of a figure that hangs on a run that collapsed
 
 
 def table(results: dict[str, Any]) -> str:
     """For a terminal: what is shown, the table with its notes, and the pairs below it."""
+    title, pairs = pair_table(results)
     parts = [
         _filled([finding(results), comparability(results)]),
         aligned(result_rows(results)),
         _filled(notes(results)),
-        f"{pairs_title(seeds=has_seeds(results))}\n{aligned(pair_rows(results['comparisons'], collapsed(results)))}",
+        f"{title}\n{aligned(pairs)}",
     ]
     return "\n".join(filter(None, parts))
 
@@ -57,6 +59,7 @@ def setting(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The same as Markdown, with what stands behind it."""
+    title, pairs = pair_table(results)
     parts = [
         f"# Results: {results['profile']}\n",
         f"{finding(results)} {comparability(results)}\n",
@@ -64,8 +67,8 @@ def markdown(results: dict[str, Any]) -> str:
         markdown_table(result_rows(results)),
         "".join(f"- {note}\n" for note in notes(results)),
         _undecided(results),
-        f"## Pairs\n\n{pairs_title(seeds=has_seeds(results))}.\n",
-        markdown_table(pair_rows(results["comparisons"], collapsed(results))),
+        f"## Pairs\n\n{title}.\n",
+        markdown_table(pairs),
     ]
     if has_seeds(results):
         parts += ["## Seeds\n", markdown_table(run_rows(results))]
@@ -84,12 +87,24 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def pairs_title(*, seeds: bool = False) -> str:
-    """What a table of pairs has, and by which test."""
+def pair_table(results: Mapping[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
+    """The table of all pairs: its title and its rows."""
+    rows = pair_rows(results["comparisons"], collapsed(results))
+    return pairs_title(_test(results), starred(results)), rows
+
+
+def pairs_title(test: str = ONE_RUN, starred: str = "") -> str:
+    """What a table of pairs has, by which test, and behind it what a star says."""
     return (
-        f"Pairs on the same questions: {_test(seeds=seeds)}, Holm-corrected; the smallest difference that would have "
-        f"been shown with 80 % power; whether one of {points(MARGIN)} or more is excluded"
+        f"Pairs on the same questions: {test}, Holm-corrected; the smallest difference that would have been shown with "
+        f"80 % power; whether one of {points(MARGIN)} or more is excluded{starred}"
     )
+
+
+def starred(results: Mapping[str, Any]) -> str:
+    """Behind a title, what the mark says where a figure has one."""
+    fallen = named(results["experiments"])
+    return f"; {MARK} collapsed: {listed(fallen)}" if fallen else ""
 
 
 def pair_rows(comparisons: Sequence[Mapping[str, Any]], collapsed: Collection[str] = ()) -> list[tuple[str, ...]]:
@@ -193,7 +208,7 @@ def _about_control(results: Mapping[str, Any]) -> list[str]:
     others = len(experiments) - 1
     found = [
         f"Against control: points of accuracy above {control}, on the same questions; p of "
-        f"{_test(seeds=has_seeds(results))} after Holm's correction over the {others} "
+        f"{_test(results)} after Holm's correction over the {others} "
         f"comparison{'s' if others > 1 else ''} with it.",
         "Detectable: the smallest difference that would have been shown with 80 % power.",
     ]
@@ -216,7 +231,7 @@ def _about_seeds(results: Mapping[str, Any]) -> list[str]:
     if has_seeds(results):
         found.append("Accuracy: the mean over the seeds; Seeds: the lowest and the highest.")
     if collapsed(results):
-        found.append(f"{MARK} hangs on a student that collapsed: {', '.join(named(experiments))}.")
+        found.append(f"Figures with {MARK} hang on a student that collapsed: {', '.join(named(experiments))}.")
     return found
 
 
@@ -290,8 +305,8 @@ def _words(runs: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(dict.fromkeys(WORDS[sign["by"]] for run in runs for sign in run["signs"]))
 
 
-def _test(*, seeds: bool) -> str:
-    return "a t-test over seeds and questions" if seeds else "McNemar's exact test"
+def _test(results: Mapping[str, Any]) -> str:
+    return SEVERAL_RUNS if has_seeds(results) else ONE_RUN
 
 
 def _share_interval(interval: Sequence[float]) -> str:
@@ -316,7 +331,7 @@ def _against(result: Mapping[str, Any]) -> str:
     if is_difference(against):
         shown = p_value(against["p_holm"])
     else:
-        shown = f"none of {points(MARGIN)}" if against["excluded"] else "no difference shown"
+        shown = f"{points(MARGIN)} excluded" if against["excluded"] else "no difference shown"
     return f"{100 * against['difference']:+.1f}{MARK * bool(result['collapsed'])}, {shown}"
 
 

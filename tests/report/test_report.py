@@ -226,7 +226,7 @@ def test_a_student_that_collapsed_stays_in_the_table_and_is_marked(capsys: pytes
     assert re.search(r"\nconfidence-kd .*  collapsed: never stops\n", printed)
     assert re.search(r"\nno-distillation +0.00%  .*  -83.3, .*  never stops\n", printed)  # nobody trained it
     assert re.search(r"\nbase-kd +teacher-kd +-33.33%\* ", printed)
-    assert "\n* hangs on a student that collapsed: base-kd, confidence-kd.\n" in printed
+    assert "\nFigures with * hang on a student that collapsed: base-kd, confidence-kd.\n" in printed
     assert "base-kd and confidence-kd collapsed." in " ".join(printed.split())
     results = json.loads((REPORT / "results.json").read_text())["experiments"]
     limit = {"by": "limit", "rows": 6}
@@ -295,7 +295,7 @@ def test_several_seeds_are_averaged_and_those_that_collapsed_are_named_beside_ev
     assert mark == "1 of 3 seeds collapsed: never stops"
     assert lines["no-distillation"][3] == "none"
     assert "p of a t-test over seeds and questions after Holm's" in " ".join(notes.split())
-    assert "* hangs on a student that collapsed: fine-tuning (1 of 3 seeds), " in " ".join(notes.split())
+    assert "Figures with * hang on a student that collapsed: fine-tuning (1 of 3 seeds), " in " ".join(notes.split())
     assert "ground-truth-kd (seed 3), collapsed: 6 of 6 responses ran into the limit." in notes
     assert "One seed" not in notes
     assert re.search(r"\nfine-tuning +base-kd +-11.11%\* ", pairs)
@@ -321,6 +321,8 @@ def test_the_page_has_every_seed_by_itself() -> None:
     page = (REPORT / "index.html").read_text()
     assert ", seeds 1, 2 and 3;" in page
     assert ">1 of 3 seeds collapsed, 55.6%</text>" in page
+    assert page.count("; * collapsed: fine-tuning (1 of 3 seeds), ") == 4 + 2  # charts; the pairs' caption and label
+    assert ">ground-truth-kd*</text>" in page
     rows = json.loads(zlib.decompress(base64.b64decode(page.partition('id="packed">')[2].partition("<")[0])))
     assert rows["experiments"].count("base-kd-3") == 1
     assert len(rows["experiments"]) == len(rows["readings"][0]) == 2 + 5 * 3
