@@ -89,7 +89,7 @@ def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]], control: str | 
         if marks:
             axes.plot(*zip(*marks, strict=True), "D", color=COLOURS[1], markeredgecolor=INK, label="published")
         highest = max(*(100 * one["interval"][1] for one in experiments.values()), *(x for x, _ in marks), 10)
-        axes.set_xlim(0, 1.3 * highest)
+        axes.set_xlim(0, (1.75 if _in_some_seeds(experiments) else 1.3) * highest)
         _name_rows(axes, experiments)
         axes.set_xlabel("accuracy on the test questions (%)")
         _legend(figure, axes)
@@ -115,12 +115,13 @@ def protocol_chart(panels: Mapping[str, Mapping[str, Any]], names: Mapping[str, 
     """
     documents = panels.values()
     ends = [100 * document["experiments"][name]["interval"][1] for document in documents for name in names]
+    room = 2.1 if any(_in_some_seeds(document["experiments"]) for document in documents) else 1.25
     with _figure(WIDE, 0.4 * len(names) + 1.35) as figure:
         row = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (heading, document) in zip(row, panels.items(), strict=True):
             _bars(axes, {name: document["experiments"][name] for name in names}, document["control"])
             axes.set_title(heading, loc="left", fontweight="bold", fontsize=11)
-            axes.set_xlim(0, 1.25 * max(10, *ends))
+            axes.set_xlim(0, room * max(10, *ends))
             axes.set_xlabel("test questions right (%)")
         _name_rows(row[0], {called: name for name, called in names.items()})
         for axes in row[1:]:
@@ -316,9 +317,16 @@ def _bars(axes: Axes, experiments: Mapping[str, Mapping[str, Any]], control: str
     if control is not None:
         axes.axvline(100 * experiments[control]["accuracy"], color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
     for row, (one, value) in enumerate(zip(found, measured, strict=True)):
-        fallen = f"{collapse(one)}, " if one.get("collapsed") else ""
-        text = f"{fallen}{value:.1f}%"
-        axes.annotate(text, (1, row), xycoords=("axes fraction", "data"), ha="right", va="center")
+        text, size = f"{value:.1f}%", 10.0
+        if one.get("collapsed"):
+            many = len(one["runs"]) > 1
+            text, size = (f"{text}\n{collapse(one)}", 8.5) if many else (f"collapsed, {text}", size)
+        axes.annotate(text, (1, row), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=size)
+
+
+def _in_some_seeds(experiments: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a student of several seeds collapsed, which takes more words."""
+    return any(one.get("collapsed") and len(one["runs"]) > 1 for one in experiments.values())
 
 
 @contextmanager

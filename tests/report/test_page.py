@@ -146,7 +146,7 @@ def test_the_accuracy_chart_tells_what_is_trained_what_collapsed_and_what_the_pa
     }
     chart = charts.accuracy_chart(experiments, "bare")
     text = charts.svg(chart)
-    for said in ("not trained", "trained", "collapsed, 90.0%", "2 of 3 seeds collapsed, 90.0%", "20.0%", "published"):
+    for said in ("not trained", "trained", "collapsed, 90.0%", "2 of 3 seeds collapsed", "20.0%", "published"):
         assert f">{said}</text>" in text
     assert "The line: bare." in chart.caption
     assert "Diamonds" in chart.caption

@@ -320,7 +320,7 @@ def test_the_page_has_every_seed_by_itself() -> None:
     assert main(["report"]) == 0
     page = (REPORT / "index.html").read_text()
     assert ", seeds 1, 2 and 3;" in page
-    assert ">1 of 3 seeds collapsed, 55.6%</text>" in page
+    assert ">1 of 3 seeds collapsed</text>" in page
     assert page.count("; * collapsed: fine-tuning (1 of 3 seeds), ") == 4 + 2  # charts; the pairs' caption and label
     assert ">ground-truth-kd*</text>" in page
     rows = json.loads(zlib.decompress(base64.b64decode(page.partition('id="packed">')[2].partition("<")[0])))
