@@ -56,7 +56,11 @@ def test_a_students_name_stands_for_its_runs_and_a_runs_for_itself(
     for command in ("assess no-distillation-matched", "statistics", "report", "attention"):
         assert main(command.split()) == 0
     results = json.loads((MINI / "report/results.json").read_text())
-    assert runs | {"no-distillation-matched"} == set(results["experiments"])
+    assert {name: [run["name"] for run in one["runs"]] for name, one in results["experiments"].items()} == {
+        "no-distillation-matched": ["no-distillation-matched"],
+        "fine-tuning": ["fine-tuning-3", "fine-tuning-20"],
+        "base-kd": ["base-kd-3", "base-kd-20"],
+    }
     attention = (MINI / "attention/confidence.csv").read_text()
     assert {line.split(",")[0] for line in attention.splitlines()[1:]} == {"no-distillation-matched", *runs}
     capsys.readouterr()

@@ -16,7 +16,7 @@ from kd.report import charts
 from kd.report.explorer import Question, Responses, pack
 from kd.report.finding import listed
 from kd.report.page import Section, folded, page, table
-from kd.report.tables import PAIRS_TITLE, aligned, pair_rows
+from kd.report.tables import aligned, pair_rows, pairs_title
 from kd.scoring.extract import RULE_SETS
 from kd.scoring.log import BY_HAND
 from kd.scoring.rules.documented import RULES
@@ -44,11 +44,11 @@ def prepare(
     first = next(iter(logs.values()))
     questions = [Question(*row) for row in zip(first.questions, first.worked, first.truth, strict=True)]
     responses = {name: _responses(log, extractions[name], right[name]) for name, log in logs.items()}
-    answers = {name: [found.answer for found in one.taken[COUNTED]] for name, one in responses.items()}
+    answers = {name: [[found.answer for found in one.taken[COUNTED]]] for name, one in responses.items()}
     return Prepared(
         len(questions),
-        pack(questions, responses),
-        charts.drawn(charts.agreement_chart(answers, right)),
+        pack(questions, {name: {name: one} for name, one in responses.items()}),
+        charts.drawn(charts.agreement_chart(answers, {name: [rows] for name, rows in right.items()})),
         charts.drawn(
             charts.length_chart(
                 {name: log.tokens for name, log in logs.items()},
@@ -87,7 +87,7 @@ def text(document: dict[str, Any]) -> str:
         "Rows settled and right by each of the notebook's rules\n" + aligned(_rule_rows(experiments)),
         "Accuracy under each rule set, nothing decided by hand\n" + aligned(_rule_set_rows(experiments)),
         "Agreement with the authors' hand decisions\n" + aligned(_hand_rows(experiments)),
-        f"{PAIRS_TITLE}\n" + aligned(pair_rows(document["comparisons"])),
+        f"{pairs_title()}\n" + aligned(pair_rows(document["comparisons"])),
         "Findings (docs/errata.md)\n" + "".join(f"{f['number']:>3}. {f['text']}\n" for f in document["findings"]),
     ]
     return "\n".join(parts)
@@ -168,7 +168,7 @@ def _responses(log: Log, extractions: dict[str, list[Extraction]], right: list[b
 
 def _page(document: dict[str, Any], prepared: Prepared, shown: Sequence[tuple[charts.Chart, str]]) -> str:
     experiments = document["experiments"]
-    pairs = table(pair_rows(document["comparisons"]), PAIRS_TITLE)
+    pairs = table(pair_rows(document["comparisons"]), pairs_title())
     return page(
         "The published logs, scored again",
         f"{prepared.questions} questions of GSM8K's test set and {len(experiments)} experiments of arXiv 2412.17846; "

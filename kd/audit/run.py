@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from itertools import islice, repeat
+from itertools import combinations, islice, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kd.audit.findings import findings, score
 from kd.audit.logs import LOGS, TRUTH, is_published, read_log, rows_right
 from kd.audit.page import SLOW, prepare, write
 from kd.errors import UserError
 from kd.io.progress import progress
+from kd.scoring.comparison import as_rows, compare_family
 from kd.scoring.extract import RULE_SETS, extract, extract_one
-from kd.scoring.significance import compare_pairs
-
-SEED = 1
 
 
 def audit(data: Path, folder: Path | None = None) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def audit(data: Path, folder: Path | None = None) -> dict[str, Any]:
             for name, log in logs.items()
         }
         right = {name: rows_right(log, extractions[name]["notebook"]) for name, log in logs.items()}
-        comparisons = [asdict(pair) for pair in compare_pairs(right, SEED)]
+        compared = compare_family(combinations(right, 2), {name: np.array(rows) for name, rows in right.items()})
         prepared = prepare(logs, extractions, right) if folder else None
         found = iter(progress(slow, f"audit, {SLOW}", "row", len(responses)))
         for name, log in logs.items():
@@ -48,7 +47,7 @@ def audit(data: Path, folder: Path | None = None) -> dict[str, Any]:
     document = {
         "data": {file: is_published(data / file) for file in sorted([*LOGS.values(), TRUTH])},
         "experiments": experiments,
-        "comparisons": comparisons,
+        "comparisons": as_rows(compared),
         "findings": findings(logs, extractions, experiments),
     }
     if folder and prepared:

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
+from itertools import combinations, product
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from kd.io.files import write_text
+from kd.report.signs import collapse
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +77,7 @@ def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]], control: str | 
     """Measured accuracy as bars with 95 % intervals, the published figure as a mark on each that has one.
 
     Each experiment has `accuracy`, `interval` and `published_accuracy` (None: there is none to stand beside it), and
-    may have `trained` and `collapsed`. A line goes through the bar of the `control`.
+    may have `trained`, `runs` and `collapsed`. A line goes through the bar of the `control`.
     """
     marks = [
         (100 * one["published_accuracy"], i)
@@ -86,11 +89,17 @@ def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]], control: str | 
         if marks:
             axes.plot(*zip(*marks, strict=True), "D", color=COLOURS[1], markeredgecolor=INK, label="published")
         highest = max(*(100 * one["interval"][1] for one in experiments.values()), *(x for x, _ in marks), 10)
-        axes.set_xlim(0, 1.3 * highest)
+        axes.set_xlim(0, (1.75 if _in_some_seeds(experiments) else 1.3) * highest)
         _name_rows(axes, experiments)
         axes.set_xlabel("accuracy on the test questions (%)")
         _legend(figure, axes)
-    caption = "Bars, and figures on the right: share of test questions that are right, with its 95 % Wilson interval."
+    seeds = any(len(one.get("runs", ())) > 1 for one in experiments.values())
+    over = (
+        "the mean over the seeds, with its 95 % interval over seeds and questions"
+        if seeds
+        else "with its 95 % interval"
+    )
+    caption = f"Bars, and figures on the right: share of test questions that are right, {over}."
     if control:
         caption += f" The line: {control}."
     if marks:
@@ -106,12 +115,13 @@ def protocol_chart(panels: Mapping[str, Mapping[str, Any]], names: Mapping[str, 
     """
     documents = panels.values()
     ends = [100 * document["experiments"][name]["interval"][1] for document in documents for name in names]
+    room = 2.1 if any(_in_some_seeds(document["experiments"]) for document in documents) else 1.25
     with _figure(WIDE, 0.4 * len(names) + 1.35) as figure:
         row = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (heading, document) in zip(row, panels.items(), strict=True):
             _bars(axes, {name: document["experiments"][name] for name in names}, document["control"])
             axes.set_title(heading, loc="left", fontweight="bold", fontsize=11)
-            axes.set_xlim(0, 1.25 * max(10, *ends))
+            axes.set_xlim(0, room * max(10, *ends))
             axes.set_xlabel("test questions right (%)")
         _name_rows(row[0], {called: name for name, called in names.items()})
         for axes in row[1:]:
@@ -121,46 +131,49 @@ def protocol_chart(panels: Mapping[str, Mapping[str, Any]], names: Mapping[str, 
     return Chart("protocols", f"Accuracy: {', '.join(panels)}", "", figure)
 
 
-def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Chart:
-    """Training loss of each adapter over its steps."""
-    longest = max(map(len, curves.values()))
+def loss_chart(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Chart:
+    """Training loss of each student over its steps, a line for each of its runs."""
+    longest = max(len(curve) for student in curves.values() for curve in student)
     size = -(-longest // POINTS)
+    several = any(len(student) > 1 for student in curves.values())
     with _axes(3.4) as (figure, axes):
-        for i, (name, curve) in enumerate(curves.items()):
-            parts = [curve[start : start + size] for start in range(0, len(curve), size)]
-            steps = [part[-1][0] for part in parts]
-            means = [sum(loss for _, loss in part) / len(part) for part in parts]
-            axes.plot(
-                steps,
-                means,
-                linestyle=LINES[i % len(LINES)],
-                color=_colour(i),
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=5,
-                label=name,
-            )
+        for i, (name, student) in enumerate(curves.items()):
+            for j, curve in enumerate(student):
+                parts = [curve[start : start + size] for start in range(0, len(curve), size)]
+                steps = [part[-1][0] for part in parts]
+                means = [sum(loss for _, loss in part) / len(part) for part in parts]
+                axes.plot(
+                    steps,
+                    means,
+                    linestyle=LINES[i % len(LINES)],
+                    color=_colour(i),
+                    marker=MARKERS[i % len(MARKERS)],
+                    markersize=5,
+                    label=None if j else name,
+                )
         axes.grid(axis="y")
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
         _legend(figure, axes)
     averaged = f", each point the mean of {size} steps" if size > 1 else ""
-    return Chart("loss", "Training loss", f"The loss of every student at each update{averaged}.", figure)
+    seeds = ", a line for each seed" if several else ""
+    return Chart("loss", "Training loss", f"The loss of every student at each update{seeds}{averaged}.", figure)
 
 
-def agreement_chart(answers: Mapping[str, Sequence[str | None]], right: Mapping[str, Sequence[bool]]) -> Chart:
-    """How far the experiments agree on the same questions: same answer above the diagonal, both right below it."""
+def agreement_chart(
+    answers: Mapping[str, Sequence[Sequence[str | None]]], right: Mapping[str, Sequence[Sequence[bool]]]
+) -> Chart:
+    """How far the experiments agree on the same questions: same answer above the diagonal, both right below it.
+
+    Of each experiment it takes what every run answered, and where it was right. Pairs of runs are averaged.
+    """
     import numpy as np
 
     names = list(answers)
-    shares = np.array(
-        [
-            [
-                _share_same(answers[a], answers[b]) if j > i else _share_both(right[a], right[b])
-                for j, b in enumerate(names)
-            ]
-            for i, a in enumerate(names)
-        ]
-    )
+    shares = np.diag([fmean(fmean(run) for run in right[name]) for name in names])
+    for (i, a), (j, b) in combinations(enumerate(names), 2):
+        shares[i, j] = fmean(_share_same(*pair) for pair in product(answers[a], answers[b]))
+        shares[j, i] = fmean(_share_both(*pair) for pair in product(right[a], right[b]))
     with _axes(0.55 * len(names) + 1.7) as (figure, axes):
         # A mesh of rectangles: an image would be pixels inside the SVG.
         axes.pcolormesh(shares, cmap=LEVELS, vmin=0, vmax=1, edgecolors=PALE, linewidth=0.5)
@@ -304,8 +317,16 @@ def _bars(axes: Axes, experiments: Mapping[str, Mapping[str, Any]], control: str
     if control is not None:
         axes.axvline(100 * experiments[control]["accuracy"], color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0.5)
     for row, (one, value) in enumerate(zip(found, measured, strict=True)):
-        text = f"{'collapsed, ' if one.get('collapsed') else ''}{value:.1f}%"
-        axes.annotate(text, (1, row), xycoords=("axes fraction", "data"), ha="right", va="center")
+        text, size = f"{value:.1f}%", 10.0
+        if one.get("collapsed"):
+            many = len(one["runs"]) > 1
+            text, size = (f"{text}\n{collapse(one)}", 8.5) if many else (f"collapsed, {text}", size)
+        axes.annotate(text, (1, row), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=size)
+
+
+def _in_some_seeds(experiments: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a student of several seeds collapsed, which takes more words."""
+    return any(one.get("collapsed") and len(one["runs"]) > 1 for one in experiments.values())
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Responses:
-    """One experiment's responses in the order of the questions, how long they are, which its limit cut off, and per
+    """One run's responses in the order of the questions, how long they are, which its limit cut off, and per
     reader what was taken from each and whether that is right."""
 
     texts: Sequence[str]
@@ -39,12 +39,15 @@ class Responses:
     right: Mapping[str, Sequence[bool]]
 
 
-def pack(questions: Sequence[Question], experiments: Mapping[str, Responses]) -> str:
-    """All of it as JSON, deflated, in base 64; every experiment has the same readers."""
+def pack(questions: Sequence[Question], students: Mapping[str, Mapping[str, Responses]]) -> str:
+    """All of it as JSON, deflated, in base 64: of each student its runs, by name. Every run has the same readers."""
+    experiments = {name: one for runs in students.values() for name, one in runs.items()}
+    places = {name: place for place, name in enumerate(experiments)}
     readers = list(next(iter(experiments.values())).taken)
     rules = sorted({found.rule for one in experiments.values() for taken in one.taken.values() for found in taken})
     document = {
         "experiments": list(experiments),
+        "students": [[student, [places[name] for name in runs]] for student, runs in students.items()],
         "readers": readers,
         "rules": rules,
         "questions": [[question.text, question.worked, question.truth] for question in questions],

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-SIGNIFICANT = 0.05  # Holm-corrected: below it a difference is one
+from kd.report.signs import named
+from kd.scoring.comparison import LEVEL, MARGIN
+
 NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -15,7 +18,7 @@ def finding(results: Mapping[str, Any]) -> str:
     if not trained:
         return "This profile has no trained student, so there is nothing to compare."
     shown = _against_control(trained) if results["control"] else _without_control(trained)
-    collapsed = [name for name, one in trained.items() if one["collapsed"]]
+    collapsed = named(trained)
     return f"{shown}{f'; {listed(collapsed)} collapsed' if collapsed else ''}."
 
 
@@ -29,8 +32,18 @@ def comparability(results: Mapping[str, Any]) -> str:
 
 
 def is_difference(against: Mapping[str, Any]) -> bool:
-    """Whether a row's difference from the control is shown to be one."""
-    return bool(against["p_holm"] < SIGNIFICANT)
+    """Whether a row's difference from the control is shown to be one, after Holm's correction."""
+    return bool(against["p_holm"] < LEVEL)
+
+
+def points(share: float) -> str:
+    """A difference in accuracy, in words."""
+    return f"{round(100 * share, 1):g} points"
+
+
+def detectable(comparison: Mapping[str, Any]) -> str:
+    """The smallest difference that a comparison would have shown; none where not even the largest."""
+    return points(comparison["detectable"]) if comparison["detectable"] <= 1 else "none"
 
 
 def p_value(p: float, least: float = 0.0001) -> str:
@@ -60,9 +73,10 @@ def _against_control(trained: Mapping[str, Mapping[str, Any]]) -> str:
             parts.append(f"{_who(group, trained, first=not parts)} {what}{_largest(group)}")
     if not parts:
         return _no_difference(against, control.removeprefix("than "))
-    rest = len(against) - len(changed)
+    rest = {name: one for name, one in against.items() if name not in changed}
     if rest:
-        parts.append(f"for the other{f' {_number(rest)}' if rest > 1 else ''} no difference is shown")
+        others = f"the other{f' {_number(len(rest))}' if len(rest) > 1 else ''}"
+        parts.append(f"for {others} no difference is shown ({_could_have(rest)})")
     return "; ".join(parts)
 
 
@@ -94,15 +108,29 @@ def _no_difference(against: Mapping[str, Mapping[str, Any]], control: str) -> st
     name, one = max(against.items(), key=lambda item: abs(item[1]["difference"]))
     size = f"({100 * one['difference']:+.1f} points, {p_value(one['p_holm'])})"
     largest = f" {size}" if alone else f"; the largest difference is that of {name} {size}"
-    return f"{who} shown to differ from {control}{largest if one['difference'] else ', which has as many right'}"
+    shown = f"{who} shown to differ from {control}{largest if one['difference'] else ', which has as many right'}"
+    return f"{shown}; {_could_have(against)}"
+
+
+def _could_have(against: Mapping[str, Mapping[str, Any]]) -> str:
+    """What differences that are not shown may still be: whether all that matter are excluded, or else the smallest that
+    each of these comparisons would have shown."""
+    if all(one["excluded"] for one in against.values()):
+        return f"a difference of {points(MARGIN)} or more is excluded"
+    least = max(one["detectable"] for one in against.values())
+    if least > 1:
+        return "with so few runs and questions none could have been"
+    return f"one of {100 * least:.0f} points would have been, with 80 % power"
 
 
 def _without_control(trained: Mapping[str, Mapping[str, Any]]) -> str:
     name, one = max(trained.items(), key=lambda item: float(item[1]["accuracy"]))
     who = f"The trained student, {name}," if len(trained) == 1 else f"Most right of the trained students has {name}:"
     has = " answers" if len(trained) == 1 else ""
+    correct = f"{fmean(run['correct'] for run in one['runs']):.4g} of {one['rows']}"
+    mean = f", on average over {len(one['runs'])} seeds" if len(one["runs"]) > 1 else ""
     return (
-        f"{who}{has} {one['correct']} of {one['rows']} test questions{' right' if has else ''}; no untrained student "
+        f"{who}{has} {correct} test questions{' right' if has else ''}{mean}; no untrained student "
         "asked the same way stands beside, so the table does not say what training changed"
     )
 

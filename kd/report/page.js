@@ -65,7 +65,7 @@
     options("where", [new Option("any experiment", "")], data.experiments);
     options("reader", [], data.readers);
     at("columns").replaceChildren(
-      ...data.experiments.map((name, place) => make("span", { title: name }, String(place + 1))),
+      ...data.students.map(([name], place) => make("span", { title: name }, String(place + 1))),
     );
     at("more").open = wide.matches;
   }
@@ -146,16 +146,20 @@
       },
       make("span", { class: "number" }, String(q + 1)),
       make("span", { class: "question" }, data.questions[q][0]),
-      make("span", { class: "marks" }, ...readings.map((reading, e) => mark(reading.verdicts[q], data.experiments[e]))),
+      make("span", { class: "marks" }, ...data.students.map(([name, runs]) => mark(name, runs, q))),
     );
     row.style.transform = `translateY(${place * height}px)`;
     return row;
   }
 
-  function mark(verdict, experiment) {
-    const { sign, word } = VERDICTS[verdict];
-    const said = `${experiment}: ${word}`;
-    return make("span", { class: verdict, role: "img", title: said, "aria-label": said }, sign);
+  // What a student's runs come to on a question: their verdict, or how many of them are right.
+  function mark(name, runs, q) {
+    const verdicts = runs.map((e) => readings[e].verdicts[q]);
+    const right = verdicts.filter((verdict) => verdict === "r").length;
+    const same = verdicts.every((verdict) => verdict === verdicts[0]);
+    const { sign, word } = same ? VERDICTS[verdicts[0]] : { sign: String(right), word: `${right} of ${runs.length} right` };
+    const said = `${name}: ${word}`;
+    return make("span", { class: same ? verdicts[0] : "some", role: "img", title: said, "aria-label": said }, sign);
   }
 
   function reveal() {
@@ -210,7 +214,7 @@
       make(
         "h4",
         {},
-        make("span", {}, `${e + 1} ${data.experiments[e]}`),
+        make("span", {}, `${data.students.findIndex(([, runs]) => runs.includes(e)) + 1} ${data.experiments[e]}`),
         make("span", { class: `badge ${verdict}` }, `${sign} ${word}`),
       ),
       about,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from kd.config import Config
@@ -12,36 +14,37 @@ from kd.report import charts, tables
 from kd.report.explorer import Question, Responses, pack
 from kd.report.finding import comparability, finding
 from kd.report.page import Section, folded, listing, page, paragraph, table
-from kd.report.results import Curve, collect, read_curves, table_rows
+from kd.report.reading import Curve, Run, read_runs
+from kd.report.results import collect
 from kd.scoring.extract import RULE_SETS, extract
-from kd.scoring.log import Answered, is_correct, log_file, read_answered
+from kd.scoring.log import Answered, is_correct, log_file
 from kd.scoring.rules.rule import Extraction
 
 COUNTED = "as counted: documented rules, then by hand"
 COUNTED_RULES = "documented"
 # Math-Verify takes milliseconds a response and does not say where an answer stands.
 READERS = [rules for rules in RULE_SETS if rules != "math-verify"]
-PARAMS = ("profile", "seeds", "dataset", "teacher", "prompts", "controls", "untrained", "student", "distill", "assess")
+PARAMS = ("profile", "seed", "dataset", "teacher", "prompts", "student", "distill", "adapters", "assess", "experiments")
 LOSSES = "losses"  # the loss curve of each student, for DVC to plot whoever they are
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def report(config: Config) -> dict[str, Any]:
     """Score every experiment's log and write artifacts/<profile>/report; returns the results."""
-    answered = {name: read_answered(config, run) for name, run in table_rows(config).items()}
-    curves = read_curves(config)
-    results = collect(config, answered, curves)
-    responses = {name: _responses(rows) for name, rows in answered.items()}
-    shown = [charts.drawn(chart) for chart in _charts(results, responses, curves)]
+    runs = read_runs(config)
+    results = collect(config, runs)
+    responses = {name: {run.name: _responses(run.rows) for run in student} for name, student in runs.items()}
+    curves = {run.name: run.curve for student in runs.values() for run in student if run.curve}
+    shown = [charts.drawn(chart) for chart in _charts(results, responses, runs)]
     with whole_folder(config.artifacts / "report") as work:
         write_json(work / "results.json", results)
         write_text(work / "results.md", tables.markdown(results))
         for chart, drawn in shown:
             charts.write_chart(chart, drawn, work)
-        for student, curve in curves.items():
+        for name, curve in curves.items():
             (work / LOSSES).mkdir(exist_ok=True)
-            write_text(work / LOSSES / f"{student}.tsv", _tsv(curve))
-        questions = [_question(row) for row in next(iter(answered.values()))]
+            write_text(work / LOSSES / f"{name}.tsv", _tsv(curve))
+        questions = [_question(row) for row in next(iter(runs.values()))[0].rows]
         write_text(
             work / "index.html",
             page(
@@ -85,19 +88,37 @@ def _counted(row: Answered, found: Extraction) -> Extraction:
 
 
 def _charts(
-    results: dict[str, Any], responses: Mapping[str, Responses], curves: Mapping[str, Curve]
+    results: dict[str, Any], responses: Mapping[str, Mapping[str, Responses]], runs: Mapping[str, Sequence[Run]]
 ) -> Iterator[charts.Chart]:
-    counted = {name: [found.answer for found in one.taken[COUNTED]] for name, one in responses.items()}
-    right = {name: one.right[COUNTED] for name, one in responses.items()}
     yield charts.accuracy_chart(results["experiments"], results["control"])
+    fallen = tables.collapsed(results)
+    called = {name: name + tables.MARK * (name in fallen) for name in runs}
+    students = {called[name]: list(one.values()) for name, one in responses.items()}
+    curves = {called[name]: [run.curve for run in student if run.curve] for name, student in runs.items()}
+    for chart in _more_charts(students, {name: found for name, found in curves.items() if found}):
+        yield replace(chart, caption=f"{chart.caption.removesuffix('.')}{tables.starred(results)}.")
+
+
+def _more_charts(
+    students: Mapping[str, Sequence[Responses]], curves: Mapping[str, Sequence[Curve]]
+) -> Iterator[charts.Chart]:
+    """Those behind the accuracies, of every student's runs."""
     if curves:
         yield charts.loss_chart(curves)
+    counted = {
+        name: [[found.answer for found in one.taken[COUNTED]] for one in student] for name, student in students.items()
+    }
+    right = {name: [one.right[COUNTED] for one in student] for name, student in students.items()}
     yield charts.agreement_chart(counted, right)
     yield charts.rule_set_chart(
-        {name: {r: sum(one.right[r]) / len(one.texts) for r in READERS} for name, one in responses.items()}
+        {
+            name: {rules: fmean(fmean(one.right[rules]) for one in student) for rules in READERS}
+            for name, student in students.items()
+        }
     )
     yield charts.length_chart(
-        {name: one.tokens for name, one in responses.items()}, {name: one.cut for name, one in responses.items()}
+        {name: [length for one in student for length in one.tokens] for name, student in students.items()},
+        {name: [cut for one in student for cut in one.cut] for name, student in students.items()},
     )
 
 
@@ -106,14 +127,17 @@ def _tsv(curve: Curve) -> str:
 
 
 def _results(results: dict[str, Any]) -> list[Section]:
-    pairs = table(tables.pair_rows(results["comparisons"]), tables.PAIRS_TITLE)
+    title, pairs = tables.pair_table(results)
     sections = [
         Section(
             "The experiments",
             table(tables.result_rows(results), "Test questions that are right") + listing(tables.notes(results)),
         ),
-        Section("Pairs", folded("All pairs of experiments on the same questions", pairs)),
+        Section("Pairs", folded("All pairs of experiments on the same questions", table(pairs, title))),
     ]
+    if tables.has_seeds(results):
+        runs = table(tables.run_rows(results), "Test questions that are right, with each seed")
+        sections.append(Section("Seeds", folded("Every run by itself", runs)))
     if results["check_losses"]:
         caption = "Mean cross entropy of answer token i at question position i, over the test rows"
         sections.append(

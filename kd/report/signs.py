@@ -22,7 +22,7 @@ def count_alike(responses: Sequence[str]) -> tuple[int, int]:
 
 
 def signs(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The signs of collapse in what one experiment came to (its entry in results.json).
+    """The signs of collapse in what one run came to (its entry in results.json).
 
     An untrained student can show them as well; it has not collapsed, since nobody trained it.
     """
@@ -50,3 +50,22 @@ def in_words(sign: Mapping[str, Any], rows: int) -> str:
             return f"{sign['rows']} of {rows} responses are empty"
         case _:
             return f"{sign['rows']} of {rows} responses are one and the same"
+
+
+def collapse(result: Mapping[str, Any]) -> str:
+    """That a student collapsed (one that did), and with several seeds in how many of them."""
+    return f"{in_seeds(result)} collapsed" if len(result["runs"]) > 1 else "collapsed"
+
+
+def in_seeds(result: Mapping[str, Any]) -> str:
+    """In how many of its seeds a student collapsed."""
+    return f"{len(result['collapsed'])} of {len(result['runs'])} seeds"
+
+
+def named(experiments: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Those among the students that collapsed, by name, and with several seeds in how many of them."""
+    return [
+        f"{name} ({in_seeds(one)})" if len(one["runs"]) > 1 else name
+        for name, one in experiments.items()
+        if one["collapsed"]
+    ]

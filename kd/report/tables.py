@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
-from kd.report.finding import comparability, finding, is_difference, p_value
-from kd.report.signs import WORDS, in_words, signs
+from kd.report.finding import comparability, detectable, finding, is_difference, listed, p_value, points
+from kd.report.signs import WORDS, collapse, in_words, named
+from kd.scoring.comparison import MARGIN
 
-PAIRS_HEADER = ("first", "second", "difference", "95 % interval", "only first", "only second", "p", "p (Holm)")
-PAIRS_TITLE = "Pairs on the same questions: McNemar's exact test, Holm-corrected; bootstrap interval of the difference"
+PAIRS_HEADER = (
+    "first",
+    "second",
+    "difference",
+    "95 % interval",
+    "only first",
+    "only second",
+    "p",
+    "p (Holm)",
+    "detectable",
+    "excluded",
+)
+ONE_RUN, SEVERAL_RUNS = "McNemar's exact test", "a t-test over seeds and questions"
+MARK = "*"  # of a figure that hangs on a run that collapsed
 
 
 def table(results: dict[str, Any]) -> str:
     """For a terminal: what is shown, the table with its notes, and the pairs below it."""
+    title, pairs = pair_table(results)
     parts = [
         _filled([finding(results), comparability(results)]),
         aligned(result_rows(results)),
         _filled(notes(results)),
-        f"{PAIRS_TITLE}\n{aligned(pair_rows(results['comparisons']))}",
+        f"{title}\n{aligned(pairs)}",
     ]
     return "\n".join(filter(None, parts))
 
@@ -35,9 +49,9 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
 def setting(results: dict[str, Any]) -> str:
     """What was run, in a sentence."""
     data, seeds = results["dataset"], results["seeds"]
-    seeded = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    of_seeds = f", seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])}" if seeds else ""
     return (
-        f"Profile {results['profile']}, protocol {results['protocol']}, {seeded}; "
+        f"Profile {results['profile']}, protocol {results['protocol']}{of_seeds}; "
         f"{data['train_rows']} training and {data['test_rows']} test rows "
         f"({data['source']}, {data['answers']} answers)."
     )
@@ -45,6 +59,7 @@ def setting(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The same as Markdown, with what stands behind it."""
+    title, pairs = pair_table(results)
     parts = [
         f"# Results: {results['profile']}\n",
         f"{finding(results)} {comparability(results)}\n",
@@ -52,9 +67,11 @@ def markdown(results: dict[str, Any]) -> str:
         markdown_table(result_rows(results)),
         "".join(f"- {note}\n" for note in notes(results)),
         _undecided(results),
-        f"## Pairs\n\n{PAIRS_TITLE}.\n",
-        markdown_table(pair_rows(results["comparisons"])),
+        f"## Pairs\n\n{title}.\n",
+        markdown_table(pairs),
     ]
+    if has_seeds(results):
+        parts += ["## Seeds\n", markdown_table(run_rows(results))]
     if results["check_losses"]:
         parts += [
             "## Check loss after training\n",
@@ -70,21 +87,45 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def pair_rows(comparisons: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The rows of a table of comparisons (`statistics.Comparison` as dictionaries), its header first."""
+def pair_table(results: Mapping[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
+    """The table of all pairs: its title and its rows."""
+    rows = pair_rows(results["comparisons"], collapsed(results))
+    return pairs_title(_test(results), starred(results)), rows
+
+
+def pairs_title(test: str = ONE_RUN, starred: str = "") -> str:
+    """What a table of pairs has, by which test, and behind it what a star says."""
+    return (
+        f"Pairs on the same questions: {test}, Holm-corrected; the smallest difference that would have been shown with "
+        f"80 % power; whether one of {points(MARGIN)} or more is excluded{starred}"
+    )
+
+
+def starred(results: Mapping[str, Any]) -> str:
+    """Behind a title, what the mark says where a figure has one."""
+    fallen = named(results["experiments"])
+    return f"; {MARK} collapsed: {listed(fallen)}" if fallen else ""
+
+
+def pair_rows(comparisons: Sequence[Mapping[str, Any]], collapsed: Collection[str] = ()) -> list[tuple[str, ...]]:
+    """The rows of a table of comparisons (of `results.comparisons`), its header first; a difference of a student that
+    is among the `collapsed` has a mark."""
     rows: list[tuple[str, ...]] = [PAIRS_HEADER]
     for pair in comparisons:
         low, high = pair["interval"]
+        marked = MARK if {pair["first"], pair["second"]} & set(collapsed) else ""
         rows.append(
             (
                 pair["first"],
                 pair["second"],
-                f"{pair['difference']:+.2%}",
+                f"{pair['difference']:+.2%}{marked}",
                 f"{low:+.1%} to {high:+.1%}",
-                str(pair["only_first"]),
-                str(pair["only_second"]),
+                f"{round(pair['only_first'], 1):g}",
+                f"{round(pair['only_second'], 1):g}",
                 f"{pair['p']:.2g}",
                 f"{pair['p_holm']:.2g}",
+                detectable(pair),
+                "yes" if pair["excluded"] else "no",
             )
         )
     return rows
@@ -99,51 +140,115 @@ def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
 
 def result_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The rows of the paper's table, its header first; columns that would be empty are left out."""
+    experiments, control = results["experiments"], results["control"]
+    every = experiments.values()
     columns: list[tuple[str, ...]] = [
-        ("Experiment", *results["experiments"]),
-        *zip(("Accuracy", "95 % interval", "Correct"), *map(_accuracy, results["experiments"].values()), strict=True),
+        ("Experiment", *experiments),
+        ("Accuracy", *(f"{one['accuracy']:.2%}{MARK * bool(one['collapsed'])}" for one in every)),
+        ("95 % interval", *(_share_interval(one["interval"]) for one in every)),
     ]
-    experiments = results["experiments"].items()
-    if results["control"]:
-        columns.append(("Against control", *(_against(name, one, results["control"]) for name, one in experiments)))
+    if has_seeds(results):
+        columns.append(("Seeds", *map(_spread, every)))
+    else:
+        columns.append(("Correct", *(f"{one['runs'][0]['correct']}/{one['rows']}" for one in every)))
+    if control:
+        columns.append(("Against control", *(_against(one) for one in every)))
+        found = [one["against_control"] for one in every]
+        columns.append(("Detectable", *("" if one is None else detectable(one) for one in found)))
     if not results["differs_from_paper"]:
-        columns.append(("Published", *(_published(one["published_accuracy"], ".2%") for _, one in experiments)))
-    marks = [mark(one) for _, one in experiments]
+        columns.append(("Published", *(_published(one["published_accuracy"], ".2%") for one in every)))
+    marks = [mark(one) for one in every]
     if any(marks):
         columns.append(("Mark", *marks))
     return list(zip(*columns, strict=True))
 
 
+def run_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The rows of a table of all runs, its header first."""
+    rows: list[tuple[str, ...]] = [("Experiment", "Seed", "Accuracy", "Correct", "Mark")]
+    for name, one in results["experiments"].items():
+        rows += [
+            (
+                name,
+                "none" if run["seed"] is None else str(run["seed"]),
+                f"{run['accuracy']:.2%}",
+                f"{run['correct']}/{run['rows']}",
+                f"collapsed: {_words([run])}" if run["signs"] and one["trained"] else _words([run]),
+            )
+            for run in one["runs"]
+        ]
+    return rows
+
+
+def has_seeds(results: Mapping[str, Any]) -> bool:
+    """Whether a student was trained with several."""
+    return any(len(one["runs"]) > 1 for one in results["experiments"].values())
+
+
+def collapsed(results: Mapping[str, Any]) -> list[str]:
+    """The students of which a run collapsed."""
+    return [name for name, one in results["experiments"].items() if one["collapsed"]]
+
+
 def mark(result: Mapping[str, Any]) -> str:
     """What a reader must know of a row before its accuracy: whether the student collapsed, and by what."""
-    words = ", ".join(WORDS[sign["by"]] for sign in signs(result))
-    return f"collapsed: {words}" if words and result["trained"] else words
+    words = _words(result["runs"])
+    return f"{collapse(result)}: {words}" if result["collapsed"] else words
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
     """What stands below the table, a sentence each."""
+    return [*_about_control(results), *_about_seeds(results), *_about_runs(results)]
+
+
+def _about_control(results: Mapping[str, Any]) -> list[str]:
     experiments, control = results["experiments"], results["control"]
+    if not control:
+        return []
+    others = len(experiments) - 1
+    found = [
+        f"Against control: points of accuracy above {control}, on the same questions; p of "
+        f"{_test(results)} after Holm's correction over the {others} "
+        f"comparison{'s' if others > 1 else ''} with it.",
+        "Detectable: the smallest difference that would have been shown with 80 % power.",
+    ]
+    otherwise = [name for name, one in experiments.items() if name != control and not _asked_alike(one)]
+    if otherwise:
+        found.append(f"Asked in another way than the control: {', '.join(otherwise)}.")
+    return found
+
+
+def _about_seeds(results: Mapping[str, Any]) -> list[str]:
+    """What the table says of other seeds, and which of its figures hang on a run that collapsed."""
+    experiments = results["experiments"]
+    once = [name for name, one in experiments.items() if one["trained"] and len(one["runs"]) == 1]
     found = []
-    if control:
-        others = len(experiments) - 1
+    if once:
+        whose = "" if not has_seeds(results) else f" of {listed(once)}"
         found.append(
-            f"Against control: points of accuracy above {control}, on the same questions; p of McNemar's exact test "
-            f"after Holm's correction over the {others} comparison{'s' if others > 1 else ''} with it."
+            f"One seed{whose}: intervals and tests are over the questions alone and say nothing of other seeds."
         )
-        otherwise = [name for name, one in experiments.items() if name != control and not _asked_alike(one)]
-        if otherwise:
-            found.append(f"Asked in another way than the control: {', '.join(otherwise)}.")
-    for name, one in experiments.items():
-        said = "; ".join(in_words(sign, one["rows"]) for sign in signs(one))
+    if has_seeds(results):
+        found.append("Accuracy: the mean over the seeds; Seeds: the lowest and the highest.")
+    if collapsed(results):
+        found.append(f"Figures with {MARK} hang on a student that collapsed: {', '.join(named(experiments))}.")
+    return found
+
+
+def _about_runs(results: Mapping[str, Any]) -> list[str]:
+    """What single runs showed, and what of them no rule settled."""
+    found = []
+    for label, trained, run in _labelled(results):
+        said = "; ".join(in_words(sign, run["rows"]) for sign in run["signs"])
         if said:
-            found.append(f"{name}, {'collapsed' if one['trained'] else 'not trained'}: {said}.")
+            found.append(f"{label}, {'collapsed' if trained else 'not trained'}: {said}.")
     for what, counts in (
         ("No rule settles, so they count as wrong until `kd review` decides them", "undecided"),
         ("Decided by hand", "by_hand"),
     ):
-        rows = {name: _count(one[counts]) for name, one in experiments.items() if one[counts]}
-        if rows:
-            found.append(f"{what}: {', '.join(f'{name} {count}' for name, count in rows.items())}.")
+        rows = {name: sum(_count(run[counts]) for run in one["runs"]) for name, one in results["experiments"].items()}
+        if any(rows.values()):
+            found.append(f"{what}: {', '.join(f'{name} {count}' for name, count in rows.items() if count)}.")
     return found
 
 
@@ -188,18 +293,46 @@ def _published(figure: float | None, form: str) -> str:
     return "not in the paper" if figure is None else format(figure, form)
 
 
-def _accuracy(result: Mapping[str, Any]) -> tuple[str, str, str]:
-    low, high = result["interval"]
-    return f"{result['accuracy']:.2%}", f"{low:.1%} to {high:.1%}", f"{result['correct']}/{result['rows']}"
+def _labelled(results: Mapping[str, Any]) -> Iterator[tuple[str, bool, Mapping[str, Any]]]:
+    """Every run with what it is called in a sentence, and whether it was trained."""
+    for name, one in results["experiments"].items():
+        for run in one["runs"]:
+            yield f"{name} (seed {run['seed']})" if len(one["runs"]) > 1 else name, one["trained"], run
 
 
-def _against(name: str, result: Mapping[str, Any], control: str) -> str:
-    """A row's difference from the control, and whether it is one."""
-    if name == control:
-        return "the control"
+def _words(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The signs of some runs, each once."""
+    return ", ".join(dict.fromkeys(WORDS[sign["by"]] for run in runs for sign in run["signs"]))
+
+
+def _test(results: Mapping[str, Any]) -> str:
+    return SEVERAL_RUNS if has_seeds(results) else ONE_RUN
+
+
+def _share_interval(interval: Sequence[float]) -> str:
+    low, high = interval
+    return f"{low:.1%} to {high:.1%}"
+
+
+def _spread(result: Mapping[str, Any]) -> str:
+    """The lowest and the highest of a student's seeds."""
+    if not result["trained"]:
+        return "none"
+    if len(result["runs"]) == 1:
+        return f"{result['lowest']:.1%}"
+    return f"{result['lowest']:.1%} to {result['highest']:.1%} ({len(result['runs'])})"
+
+
+def _against(result: Mapping[str, Any]) -> str:
+    """A row's difference from the control, and whether it is one, or is shown to be small."""
     against = result["against_control"]
-    shown = p_value(against["p_holm"]) if is_difference(against) else "no difference shown"
-    return f"{100 * against['difference']:+.1f}, {shown}"
+    if against is None:
+        return "the control"
+    if is_difference(against):
+        shown = p_value(against["p_holm"])
+    else:
+        shown = f"{points(MARGIN)} excluded" if against["excluded"] else "no difference shown"
+    return f"{100 * against['difference']:+.1f}{MARK * bool(result['collapsed'])}, {shown}"
 
 
 def _asked_alike(result: Mapping[str, Any]) -> bool:
@@ -212,7 +345,7 @@ def _count(rows: int | Sequence[int]) -> int:
 
 def _undecided(results: Mapping[str, Any]) -> str:
     """The test rows that the extraction rules left to a person."""
-    lists = {name: one["undecided"] for name, one in results["experiments"].items() if one["undecided"]}
+    lists = {label: run["undecided"] for label, _, run in _labelled(results) if run["undecided"]}
     if not lists:
         return "The extraction rules settled every row.\n"
     lines = (f"- {name}: {', '.join(map(str, rows))}\n" for name, rows in lists.items())

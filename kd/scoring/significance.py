@@ -1,4 +1,4 @@
-"""Statistics of results: intervals of each accuracy, and paired comparisons between experiments.
+"""Intervals of shares, and tests.
 
 Textbook formulas over `scipy.special`: `scipy.stats` and statsmodels, which the tests compare with, take four seconds
 to import, a third of the whole audit.
@@ -6,34 +6,13 @@ to import, a third of the whole audit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Sequence
 from math import lcm, log, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two experiments on the same test rows.
-
-    `difference` is accuracy(first) - accuracy(second) with its 95 % bootstrap `interval`; `only_first` and
-    `only_second` count the rows that one of them alone has right; `p` is McNemar's exact p-value over those rows
-    (two-sided) and `p_holm` the same after Holm's correction over the family compared at once.
-    """
-
-    first: str
-    second: str
-    difference: float
-    interval: tuple[float, float]
-    only_first: int
-    only_second: int
-    p: float
-    p_holm: float
 
 
 def wilson_interval(correct: float, rows: int) -> tuple[float, float]:
@@ -43,22 +22,15 @@ def wilson_interval(correct: float, rows: int) -> tuple[float, float]:
     """
     from scipy.special import ndtri
 
-    z, share = float(ndtri(0.975)), correct / rows
-    middle = share + z**2 / (2 * rows)
-    arm = z * sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
-    low, high = ((middle + side) / (1 + z**2 / rows) for side in (-arm, arm))
+    return score_interval(correct / rows, rows, float(ndtri(0.975)))
+
+
+def score_interval(share: float, rows: float, quantile: float) -> tuple[float, float]:
+    """The same of a share of so many independent rows, at a quantile of the distribution that its error has."""
+    middle = share + quantile**2 / (2 * rows)
+    arm = quantile * sqrt(share * (1 - share) / rows + quantile**2 / (4 * rows**2))
+    low, high = ((middle + side) / (1 + quantile**2 / rows) for side in (-arm, arm))
     return max(0.0, low), min(1.0, high)
-
-
-def compare_pairs(correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comparison]:
-    """Every pair of experiments, whose `correct` tell for the same test rows in the same order who was right."""
-    return _compare(list(combinations(correct, 2)), correct, seed)
-
-
-def compare_with(control: str, correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comparison]:
-    """Every other experiment (`first`) against the control (`second`): a family of its own, as large as there are
-    others."""
-    return _compare([(name, control) for name in correct if name != control], correct, seed)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -137,34 +109,6 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _compare(pairs: Sequence[tuple[str, str]], correct: Mapping[str, Sequence[bool]], seed: int) -> list[Comparison]:
-    """These pairs, as one family of tests."""
-    if not pairs:
-        return []
-    only = [_discordant(correct[first], correct[second]) for first, second in pairs]
-    p_values = [mcnemar(*counts) for counts in only]
-    random = np.random.default_rng(seed)
-    return [
-        Comparison(
-            first,
-            second,
-            (counts[0] - counts[1]) / len(correct[first]),
-            _discordant_interval(*counts, len(correct[first]), random),
-            *counts,
-            p,
-            p_holm,
-        )
-        for (first, second), counts, p, p_holm in zip(pairs, only, p_values, holm(p_values), strict=True)
-    ]
-
-
-def _discordant_interval(
-    only_first: int, only_second: int, rows: int, random: np.random.Generator
-) -> tuple[float, float]:
-    """The bootstrap interval of a difference in accuracy, to which a row adds +1, -1 or 0."""
-    return bootstrap_interval([1, -1, 0], [only_first, only_second, rows - only_first - only_second], random)
-
-
 def _binomial(count: int) -> NDArray[np.float64]:
     """The probabilities of 0 to `count` heads among as many fair coins."""
     from scipy.special import gammaln
@@ -174,9 +118,3 @@ def _binomial(count: int) -> NDArray[np.float64]:
         gammaln(count + 1) - gammaln(heads + 1) - gammaln(count - heads + 1) - count * log(2)
     )
     return shares
-
-
-def _discordant(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int]:
-    """How many rows only the first has right, and only the second."""
-    pairs = list(zip(first, second, strict=True))
-    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)

@@ -11,16 +11,23 @@ from kd.report.finding import comparability, finding, listed, p_value
 CONTROL = "no-distillation-matched"
 
 
-def results(control: str | None = CONTROL, asked_alike: bool = True, **trained: tuple[float, float]) -> dict[str, Any]:
+def results(
+    control: str | None = CONTROL,
+    asked_alike: bool = True,
+    detectable: float = 0.24,
+    excluded: bool = False,
+    **trained: tuple[float, float],
+) -> dict[str, Any]:
     """Results of students, by name: the difference from the control, and its p-value."""
     experiments: dict[str, dict[str, Any]] = {
-        CONTROL: {"trained": False, "collapsed": None, "accuracy": 0.1, "against_control": None}
+        CONTROL: {"trained": False, "collapsed": [], "accuracy": 0.1, "against_control": None}
     }
     for name, (difference, p) in trained.items():
         against = {"difference": difference, "p_holm": p, "asked_alike": asked_alike} if control else None
+        against = against and against | {"detectable": detectable + difference / 100, "excluded": excluded}
         accuracy = 0.1 + difference
-        experiments[name] = {"trained": True, "collapsed": None, "accuracy": accuracy, "against_control": against}
-        experiments[name] |= {"correct": round(100 * accuracy), "rows": 100}
+        experiments[name] = {"trained": True, "collapsed": [], "accuracy": accuracy, "against_control": against}
+        experiments[name] |= {"rows": 100, "runs": [{"seed": 1, "correct": round(100 * accuracy)}]}
     return {"control": control, "experiments": experiments}
 
 
@@ -30,7 +37,8 @@ def results(control: str | None = CONTROL, asked_alike: bool = True, **trained: 
         (
             results(a=(0.28, 0.0001), b=(0.15, 0.004), c=(0.01, 1.0)),
             "Two of the three trained students answer more test questions right than the untrained one asked the same "
-            "way; the largest gain is that of a, 28 points (p < 0.001); for the other no difference is shown.",
+            "way; the largest gain is that of a, 28 points (p < 0.001); for the other no difference is shown (one of "
+            "24 points would have been, with 80 % power).",
         ),
         (
             results(a=(0.28, 0.012), b=(0.15, 0.04)),
@@ -45,7 +53,8 @@ def results(control: str | None = CONTROL, asked_alike: bool = True, **trained: 
         (
             results(a=(-0.1, 0.012), b=(0.0, 1.0), c=(0.0, 1.0), asked_alike=False),
             "One of the three trained students, a, answers fewer test questions right than the untrained one "
-            "(10 points, p 0.012); for the other two no difference is shown.",
+            "(10 points, p 0.012); for the other two no difference is shown (one of 24 points would have been, with 80 "
+            "% power).",
         ),
         (
             results(a=(-0.1, 0.012), b=(0.3, 0.001), c=(-0.09, 0.02)),
@@ -56,12 +65,17 @@ def results(control: str | None = CONTROL, asked_alike: bool = True, **trained: 
         (
             results(a=(0.016, 1.0), b=(-0.031, 0.5)),
             "None of the two trained students is shown to differ from the untrained one asked the same way; the "
-            "largest difference is that of b (-3.1 points, p 0.5).",
+            "largest difference is that of b (-3.1 points, p 0.5); one of 24 points would have been, with 80 % power.",
         ),
         (
-            results(a=(0.0, 1.0)),
+            results(a=(0.0, 1.0), excluded=True),
             "The trained student is not shown to differ from the untrained one asked the same way, which has "
-            "as many right.",
+            "as many right; a difference of 5 points or more is excluded.",
+        ),
+        (
+            results(a=(0.2, 0.3), detectable=1.2),
+            "The trained student is not shown to differ from the untrained one asked the same way (+20.0 points, "
+            "p 0.3); with so few runs and questions none could have been.",
         ),
         (
             results(control=None, a=(0.016, 1.0), b=(0.3, 0.5)),
@@ -77,8 +91,10 @@ def test_what_the_results_show_in_a_sentence(given: dict[str, Any], said: str) -
 
 def test_students_that_collapsed_are_named() -> None:
     given = results(a=(-0.1, 1.0), b=(0.0, 1.0))
-    given["experiments"]["a"]["collapsed"] = [{"by": "limit", "rows": 99}]
-    assert finding(given).endswith("(-10.0 points, p 1); a collapsed.")
+    given["experiments"]["a"]["collapsed"] = [1]
+    assert finding(given).endswith("would have been, with 80 % power; a collapsed.")
+    given["experiments"]["b"] |= {"collapsed": [2, 3], "runs": [{"seed": seed} for seed in (1, 2, 3)]}
+    assert finding(given).endswith("; a and b (2 of 3 seeds) collapsed.")
 
 
 @pytest.mark.parametrize(

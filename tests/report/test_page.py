@@ -43,8 +43,8 @@ def unpack(packed: str) -> Any:
 def drawn() -> list[charts.Chart]:
     return [
         charts.accuracy_chart(EXPERIMENTS),
-        charts.loss_chart({"a": [(step, 9 - step / 100) for step in range(100)], "b": [(0, 9.0)]}),
-        charts.agreement_chart({"a": ["1", None], "b": ["1", None]}, {"a": [True, False], "b": [True, False]}),
+        charts.loss_chart({"a": [[(step, 9 - step / 100) for step in range(100)]], "b": [[(0, 9.0)]]}),
+        charts.agreement_chart({"a": [["1", None]], "b": [["1", None]]}, {"a": [[True, False]], "b": [[True, False]]}),
         charts.rule_set_chart({"a": {"documented": 0.2, "robust": 0.3}, "b": {"documented": 0.4, "robust": 0.4}}),
         charts.length_chart({"a": [1, 2, 300], "b": [50]}, {"a": [False, False, True], "b": [True]}),
     ]
@@ -55,11 +55,13 @@ def test_what_is_packed_is_what_was_taken() -> None:
     responses = Responses(
         ["it 3", "", "so"], [1, 0, 2], [False, True, False], {"r": taken}, {"r": [True, False, False]}
     )
-    found = unpack(pack([Question(f"q{i}", "w", "3") for i in range(3)], {"a": responses, "b": responses}))
-    assert found["experiments"] == ["a", "b"]
+    questions = [Question(f"q{i}", "w", "3") for i in range(3)]
+    found = unpack(pack(questions, {"a": {"a": responses}, "b": {"b-1": responses, "b-2": responses}}))
+    assert found["experiments"] == ["a", "b-1", "b-2"]
+    assert found["students"] == [["a", [0]], ["b", [1, 2]]]
     assert found["questions"][2] == ["q2", "w", "3"]
-    assert found["responses"] == [["it 3"] * 2, [""] * 2, ["so"] * 2]
-    assert found["cut"] == ["010", "010"]
+    assert found["responses"] == [["it 3"] * 3, [""] * 3, ["so"] * 3]
+    assert found["cut"] == ["010"] * 3
     one = found["readings"][0][1]
     assert one["answers"] == ["3", None, "5"]
     assert [found["rules"][rule] for rule in one["rules"]] == ["boxed", "undecided", "answer-is"]
@@ -70,7 +72,8 @@ def test_what_is_packed_is_what_was_taken() -> None:
 def test_spans_are_counted_as_javascript_counts(before: str, answer: str, behind: str) -> None:
     text = before + answer + behind
     found = Extraction("1", "rule", (len(before), len(before) + len(answer)))
-    packed = unpack(pack([Question("", "", "")], {"a": Responses([text], [1], [False], {"r": [found]}, {"r": [True]})}))
+    responses = Responses([text], [1], [False], {"r": [found]}, {"r": [True]})
+    packed = unpack(pack([Question("", "", "")], {"a": {"a": responses}}))
     (start, stop), units = packed["readings"][0][0]["spans"][0], text.encode("utf-16-le", "surrogatepass")
     assert units[2 * start : 2 * stop].decode("utf-16-le", "surrogatepass") == answer
 
@@ -137,12 +140,13 @@ def test_the_page_opens_with_the_first_chart_and_what_it_shows_and_its_headings_
 
 def test_the_accuracy_chart_tells_what_is_trained_what_collapsed_and_what_the_paper_printed() -> None:
     experiments = {
-        "bare": EXPERIMENTS["a"] | {"trained": False, "collapsed": None},
-        "tuned": EXPERIMENTS["b"] | {"trained": True, "collapsed": [{"by": "limit", "rows": 9}]},
+        "bare": EXPERIMENTS["a"] | {"trained": False, "collapsed": []},
+        "tuned": EXPERIMENTS["b"] | {"trained": True, "collapsed": [1], "runs": [{}]},
+        "thrice": EXPERIMENTS["b"] | {"trained": True, "collapsed": [1, 3], "runs": [{}] * 3},
     }
     chart = charts.accuracy_chart(experiments, "bare")
     text = charts.svg(chart)
-    for said in ("not trained", "trained", "collapsed, 90.0%", "20.0%", "published"):
+    for said in ("not trained", "trained", "collapsed, 90.0%", "2 of 3 seeds collapsed", "20.0%", "published"):
         assert f">{said}</text>" in text
     assert "The line: bare." in chart.caption
     assert "Diamonds" in chart.caption
@@ -169,3 +173,14 @@ def test_every_line_of_a_chart_is_told_apart_without_colour() -> None:
     assert len(charts.COLOURS) == len(charts.MARKERS) == len(charts.LINES) == len(set(map(str, charts.LINES)))
     (axes,) = drawn()[1].figure.axes
     assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 2
+
+
+def test_a_students_seeds_are_lines_of_one_kind_with_one_name_and_agree_on_average() -> None:
+    chart = charts.loss_chart({"a": [[(0, 9.0)], [(0, 8.0)]], "b": [[(0, 7.0)]]})
+    (axes,) = chart.figure.axes
+    assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 2
+    assert axes.get_legend_handles_labels()[1] == ["a", "b"]
+    assert "a line for each seed" in chart.caption
+    right = {"a": [[True, True], [True, False]], "b": [[True, False]]}
+    shares = charts.agreement_chart({"a": [["1", "2"], ["1", "3"]], "b": [["1", "3"]]}, right).figure.axes[0].texts
+    assert [share.get_text() for share in shares] == ["75", "75", "50", "50"]  # a, same answer; both right, b

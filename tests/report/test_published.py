@@ -98,8 +98,8 @@ def test_a_rerun_of_the_paper_has_the_papers_figures_beside_its_own(capsys: pyte
     assert results["experiments"]["teacher-kd"]["published_accuracy"] == 0.423
     assert results["experiments"]["no-distillation-matched"]["published_accuracy"] is None
     text = Path("artifacts/paper/report/results.md").read_text()
-    assert "| teacher-kd | 50.04% | 47.3% to 52.7% | 660/1319 | +50.0, p < 0.0001 | 42.30% |" in text
-    assert "| the control | not in the paper |" in text
+    assert "| teacher-kd | 50.04% | 47.3% to 52.7% | 660/1319 | +50.0, p < 0.0001 | 6.8 points | 42.30% |" in text
+    assert "| the control |  | not in the paper |" in text
     assert "| teacher-kd | 9.877 | 10.402 |" in text
     assert "| base | 0.5731 | 900 of 7 questions | 0.573 |" in text
     assert "Diamonds" in Path("artifacts/paper/report/index.html").read_text()

@@ -21,7 +21,7 @@ def document(protocol: str, **accuracies: float) -> dict[str, Any]:
             "trained": "distillation" not in name,
             "accuracy": share,
             "interval": [0.9 * share, 1.1 * share],
-            "collapsed": None,
+            "collapsed": [],
             "against_control": None if name == CONTROL else {"asked_alike": name != "no-distillation"},
         }
         for name, share in {"no-distillation": 0.05, **accuracies, CONTROL: 0.06}.items()

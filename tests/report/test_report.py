@@ -8,6 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from params import keep, run_of
 from rows import prepare_tests
 
 from kd.cli import main
-from kd.config import load_config
+from kd.config import Config, load_config
 from kd.io.files import sha256
+from kd.report.reading import Run, read_runs
 from kd.scoring.log import COLUMNS
 from kd.scoring.review import response_sha256
 
@@ -65,7 +67,9 @@ def test_results_hold_counts_intervals_and_comparisons(capsys: pytest.CaptureFix
     assert list(results["experiments"]) == list(load_config(Path("params.yaml")).runs)
     assert set(results["experiments"]) == set(STUDENTS)
     row = results["experiments"]["confidence-kd"]
-    assert (row["correct"], row["rows"], row["accuracy"], row["undecided"]) == (3, 6, 0.5, [6])
+    (run,) = row["runs"]
+    assert (row["rows"], row["accuracy"], row["lowest"], row["highest"], row["collapsed"]) == (6, 0.5, 0.5, 0.5, [])
+    assert (run["name"], run["seed"], run["correct"], run["undecided"]) == ("confidence-kd-1", 1, 3, [6])
     assert row["published_accuracy"] is None  # the miniature is not the paper's experiment
     assert row["interval"] == pytest.approx([0.1876, 0.8124], abs=1e-4)
     assert len(results["comparisons"]) == 21
@@ -73,8 +77,10 @@ def test_results_hold_counts_intervals_and_comparisons(capsys: pytest.CaptureFix
     first = pairs["no-distillation", "fine-tuning"]
     assert (first["only_first"], first["only_second"], first["p"], first["p_holm"]) == (0, 1, 1, 1)
     against = row["against_control"]
-    assert (against["only_this"], against["only_control"], against["asked_alike"]) == (0, 2, True)
-    assert (against["p"], against["p_holm"]) == (0.5, 1)
+    assert (against["only_first"], against["only_second"], against["asked_alike"]) == (0, 2, True)
+    assert (against["p"], against["p_holm"], against["covers_seeds"]) == (0.5, 1, False)
+    assert (against["excluded"], results["margin"], results["seeds"]) == (False, 0.05, [1])
+    assert against["detectable"] > 1  # six questions cannot tell six students apart
     assert results["control"] == STUDENTS[-1]
     assert results["experiments"]["no-distillation-matched"]["against_control"] is None
     assert not results["experiments"]["no-distillation"]["against_control"]["asked_alike"]
@@ -85,17 +91,19 @@ def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) ->
     assert main(["report"]) == 0
     shown, printed, notes, pairs = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
     assert shown[0].startswith("None of the five trained students is shown to differ from the untrained one asked")
-    assert re.split("  +", printed[0]) == ["Experiment", "Accuracy", "95 % interval", "Correct", "Against control"]
+    header = ["Experiment", "Accuracy", "95 % interval", "Correct", "Against control", "Detectable"]
+    assert re.split("  +", printed[0]) == header
     rows = {line.split()[0]: re.split("  +", line)[1:] for line in printed}
     assert rows["no-distillation-matched"] == ["83.33%", "43.6% to 97.0%", "5/6", "the control"]
-    assert rows["fine-tuning"][-1] == "-66.7, no difference shown"
+    assert rows["fine-tuning"][-2:] == ["-66.7, no difference shown", "none"]
     assert max(map(len, [*shown, *printed, *notes])) <= 120
     assert "over the 6 comparisons" in " ".join(notes)
+    assert "One seed: intervals and tests are over the questions alone and say nothing of other seeds." in notes
     assert "Asked in another way than the control: no-distillation." in notes
     assert notes[-2].startswith("No rule settles, so they count as wrong until `kd review` decides them: no-dist")
     assert ["base-kd", "ground-truth-kd", "-50.00%"] in [pair.split()[:3] for pair in pairs]
     text = (REPORT / "results.md").read_text()
-    assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | +0.0, no difference shown |" in text
+    assert "| ground-truth-kd | 83.33% | 43.6% to 97.0% | 5/6 | +0.0, no difference shown | none |" in text
     assert "| no-distillation | fine-tuning | -16.67% |" in text
     assert "- base-kd: 6" in text
     assert (REPORT / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -141,7 +149,7 @@ def test_the_page_counts_what_the_table_counts_and_says_what_it_was_made_of() ->
     counted = dict(zip(rows["experiments"], rows["readings"][0], strict=True))
     results = json.loads((REPORT / "results.json").read_text())["experiments"]
     for name, result in results.items():
-        assert counted[name]["verdicts"].count("r") == result["correct"]
+        assert counted[result["runs"][0]["name"]]["verdicts"].count("r") == result["runs"][0]["correct"]
     teacher = counted["teacher-kd"]
     assert (teacher["answers"][5], rows["rules"][teacher["rules"][5]], teacher["verdicts"]) == (
         "7",
@@ -202,7 +210,7 @@ def test_check_losses_stand_behind_the_table() -> None:
     assert main(["report"]) == 0
     results = json.loads((REPORT / "results.json").read_text())
     assert results["check_losses"] == {"teacher-kd": {"check_loss": 9.8765, "published": None}}
-    assert results["versions"]["training"] == {"teacher-kd": {"torch": "2.4.0"}}
+    assert results["versions"]["training"] == {"teacher-kd-1": {"torch": "2.4.0"}}
     assert "| teacher-kd | 9.877 |\n" in (REPORT / "results.md").read_text()
 
 
@@ -214,21 +222,23 @@ def test_a_student_that_collapsed_stays_in_the_table_and_is_marked(capsys: pytes
         always_at_the_limit(name)
     assert main(["report"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"\nbase-kd .*  collapsed: loss rose, never stops\n", printed)
+    assert re.search(r"\nbase-kd +33.33%\* .*  -50.0\*, no .*  collapsed: loss rose, never stops\n", printed)
     assert re.search(r"\nconfidence-kd .*  collapsed: never stops\n", printed)
-    assert re.search(r"\nno-distillation .*shown  never stops\n", printed)  # nobody trained it
+    assert re.search(r"\nno-distillation +0.00%  .*  -83.3, .*  never stops\n", printed)  # nobody trained it
+    assert re.search(r"\nbase-kd +teacher-kd +-33.33%\* ", printed)
+    assert "\nFigures with * hang on a student that collapsed: base-kd, confidence-kd.\n" in printed
     assert "base-kd and confidence-kd collapsed." in " ".join(printed.split())
     results = json.loads((REPORT / "results.json").read_text())["experiments"]
     limit = {"by": "limit", "rows": 6}
-    assert results["base-kd"]["collapsed"] == [{"by": "loss", "first": 2.0, "last": 9.0}, limit]
-    assert results["confidence-kd"]["collapsed"] == [limit]
-    assert results["no-distillation"]["collapsed"] is results["teacher-kd"]["collapsed"] is None
-    assert results["teacher-kd"]["loss"] == {"first": 9.0, "last": 2.0, "rose": False}
+    assert results["base-kd"]["runs"][0]["signs"] == [{"by": "loss", "first": 2.0, "last": 9.0}, limit]
+    assert results["confidence-kd"]["runs"][0]["signs"] == results["no-distillation"]["runs"][0]["signs"] == [limit]
+    assert [results[name]["collapsed"] for name in STUDENTS[:5]] == [[], [], [1], [1], []]
+    assert results["teacher-kd"]["runs"][0]["loss"] == {"first": 9.0, "last": 2.0, "rose": False}
     page = (REPORT / "index.html").read_text()
     for text in (page, (REPORT / "results.md").read_text()):
         assert "its training loss rose from 2 to 9; 6 of 6 responses ran into the limit" in text
     assert ">collapsed, 33.3%</text>" in page
-    assert (REPORT / "losses/base-kd.tsv").read_text().splitlines()[:2] == ["step\tloss", "0\t2.0"]
+    assert (REPORT / "losses/base-kd-1.tsv").read_text().splitlines()[:2] == ["step\tloss", "0\t2.0"]
 
 
 @pytest.mark.usefixtures("logs")
@@ -247,7 +257,79 @@ def test_an_unusable_loss_curve_is_refused(capsys: pytest.CaptureFixture[str], r
 def test_a_loss_curve_without_updates_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     lose("base-kd", [])
     assert main(["report", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["experiments"]["base-kd"]["loss"] is None
+    assert json.loads(capsys.readouterr().out)["experiments"]["base-kd"]["runs"][0]["loss"] is None
+
+
+@pytest.fixture
+def three_seeds(logs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each trained student with two seeds more: one that has the same right, and one that has none and never stops."""
+    del logs
+    lose("base-kd", [9.0] * 10 + [2.0] * 20)
+
+    def read(config: Config) -> dict[str, list[Run]]:
+        def seeds(name: str, run: Run) -> list[Run]:
+            if run.seed is None:
+                return [run]
+            lost = [replace(row, taken="99", rule="boxed", reached_limit=True) for row in run.rows]
+            one, two, three = (replace(run, name=f"{name}-{seed}", seed=seed) for seed in (1, 2, 3))
+            return [one, two, replace(three, rows=lost, check={"check_loss": 5.0, "versions": {}})]
+
+        return {name: seeds(name, run) for name, (run,) in read_runs(config).items()}
+
+    monkeypatch.setattr("kd.report.run.read_runs", read)
+
+
+@pytest.mark.usefixtures("three_seeds")
+def test_several_seeds_are_averaged_and_those_that_collapsed_are_named_beside_every_figure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["report"]) == 0
+    shown, table, notes, pairs = capsys.readouterr().out.split("\n\n")
+    assert "base-kd (1 of 3 seeds), confidence-kd (1 of 3 seeds)" in " ".join(shown.split())
+    lines = {line.split()[0]: re.split("  +", line) for line in table.splitlines()}
+    header = ["Experiment", "Accuracy", "95 % interval", "Seeds", "Against control", "Detectable", "Mark"]
+    assert lines["Experiment"] == header
+    name, accuracy, _, seeds, against, detectable, mark = lines["ground-truth-kd"]
+    assert (name, accuracy, seeds) == ("ground-truth-kd", "55.56%*", "0.0% to 83.3% (3)")
+    assert (against, detectable) == ("-27.8*, no difference shown", "none")
+    assert mark == "1 of 3 seeds collapsed: never stops"
+    assert lines["no-distillation"][3] == "none"
+    assert "p of a t-test over seeds and questions after Holm's" in " ".join(notes.split())
+    assert "Figures with * hang on a student that collapsed: fine-tuning (1 of 3 seeds), " in " ".join(notes.split())
+    assert "ground-truth-kd (seed 3), collapsed: 6 of 6 responses ran into the limit." in notes
+    assert "One seed" not in notes
+    assert re.search(r"\nfine-tuning +base-kd +-11.11%\* ", pairs)
+
+    results = json.loads((REPORT / "results.json").read_text())
+    one = results["experiments"]["ground-truth-kd"]
+    assert (one["lowest"], one["highest"], one["collapsed"]) == (0, 5 / 6, [3])
+    assert one["accuracy"] == pytest.approx(5 / 9)
+    assert [(run["name"], run["seed"], run["accuracy"]) for run in one["runs"]] == [
+        ("ground-truth-kd-1", 1, 5 / 6),
+        ("ground-truth-kd-2", 2, 5 / 6),
+        ("ground-truth-kd-3", 3, 0),
+    ]
+    assert one["interval"][0] < 0.1
+    assert one["against_control"]["covers_seeds"] is True
+    assert results["seeds"] == [1, 2, 3]
+    assert results["check_losses"]["base-kd"] == {"check_loss": 5.0, "published": None}
+
+
+@pytest.mark.usefixtures("three_seeds")
+def test_the_page_has_every_seed_by_itself() -> None:
+    assert main(["report"]) == 0
+    page = (REPORT / "index.html").read_text()
+    assert ", seeds 1, 2 and 3;" in page
+    assert ">1 of 3 seeds collapsed</text>" in page
+    assert page.count("; * collapsed: fine-tuning (1 of 3 seeds), ") == 4 + 2  # charts; the pairs' caption and label
+    assert ">ground-truth-kd*</text>" in page
+    rows = json.loads(zlib.decompress(base64.b64decode(page.partition('id="packed">')[2].partition("<")[0])))
+    assert rows["experiments"].count("base-kd-3") == 1
+    assert len(rows["experiments"]) == len(rows["readings"][0]) == 2 + 5 * 3
+    text = (REPORT / "results.md").read_text()
+    assert "| base-kd | 3 | 0.00% | 0/6 | collapsed: never stops |" in text
+    assert "| no-distillation | none | 0.00% | 0/6 |  |" in text
+    assert sorted(path.name for path in (REPORT / "losses").iterdir()) == [f"base-kd-{seed}.tsv" for seed in (1, 2, 3)]
 
 
 def lose(name: str, losses: list[float]) -> None:

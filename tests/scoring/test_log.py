@@ -98,7 +98,7 @@ def test_pairs_are_made_by_question_whatever_the_order_of_a_file(
     save("teacher-kd", sorted(rows_of("teacher-kd"), key=lambda row: row["question"], reverse=True))
     after = reported(capsys)
     assert after == before
-    assert after["experiments"]["teacher-kd"]["undecided"] == [5, 6]
+    assert after["experiments"]["teacher-kd"]["runs"][0]["undecided"] == [5, 6]
     shown = 'id="packed">'
     again = Path("artifacts/mini/report/index.html").read_text()
     assert again.partition(shown)[2].partition("<")[0] == page.partition(shown)[2].partition("<")[0]
@@ -167,7 +167,7 @@ def test_another_systems_line_ends_change_no_result(logs: dict[str, Any], capsys
     Path("sheet.csv").write_text(Path("sheet.csv").read_text().rstrip("\n") + "7\n")
     assert main(["review", "base-kd", "--import", "sheet.csv"]) == 0
     before = reported(capsys)
-    assert before["experiments"]["base-kd"]["by_hand"] == 1
+    assert before["experiments"]["base-kd"]["runs"][0]["by_hand"] == 1
     for path in (*map(log, NAMES), Path("reviews/base-kd-1.csv")):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert reported(capsys) == before

@@ -85,7 +85,7 @@ def decided() -> dict[str, str]:
 def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     capsys.readouterr()
     assert main(["report", "--json"]) == 0
-    result: dict[str, Any] = json.loads(capsys.readouterr().out)["experiments"]["teacher-kd"]
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)["experiments"]["teacher-kd"]["runs"][0]
     return result
 
 

@@ -18,8 +18,6 @@ from statsmodels.stats.proportion import proportion_confint
 
 from kd.scoring.significance import (
     bootstrap_interval,
-    compare_pairs,
-    compare_with,
     holm,
     mcnemar,
     paired_differences,
@@ -95,37 +93,6 @@ def test_small_p_values_keep_their_digits() -> None:
     )
 
 
-def test_every_pair_is_compared_on_the_same_rows_and_the_same_way_each_time() -> None:
-    right = {
-        "a": [True, True, True, True, True, True, False, False],
-        "b": [False, False, False, False, False, False, True, False],
-        "c": [True, True, True, True, True, True, False, False],
-    }
-    pairs = compare_pairs(right, seed=7)
-    assert [(p.first, p.second) for p in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
-    first = pairs[0]
-    assert (first.only_first, first.only_second, first.difference) == (6, 1, 5 / 8)
-    assert first.interval[0] < first.difference < first.interval[1]
-    assert pairs[1].p == pairs[1].p_holm == 1.0
-    assert pairs[1].interval == (0.0, 0.0)
-    assert first.p_holm == pytest.approx(3 * first.p)
-    assert compare_pairs(right, seed=7) == pairs
-
-
-def test_comparisons_with_a_control_are_a_family_of_their_own() -> None:
-    right = {
-        "a": [True, True, True, True, True, True, False, False],
-        "control": [False, False, False, False, False, False, True, False],
-        "b": [True, True, True, True, True, True, True, True],
-    }
-    against = compare_with("control", right, seed=7)
-    assert [(one.first, one.second) for one in against] == [("a", "control"), ("b", "control")]
-    assert [one.difference for one in against] == [5 / 8, 7 / 8]
-    assert [one.p for one in against] == [pytest.approx(mcnemar(6, 1)), pytest.approx(mcnemar(7, 0))]
-    assert [one.p_holm for one in against] == holm([mcnemar(6, 1), mcnemar(7, 0)])  # two tests; all pairs are three
-    assert compare_with("control", {"control": [True]}, seed=7) == []
-
-
 @given(st.permutations(range(20)), st.integers(1, 19))
 def test_the_rank_sum_test_is_the_textbooks(values: list[int], count: int) -> None:
     some, others = values[:count], values[count:]
@@ -135,7 +102,3 @@ def test_the_rank_sum_test_is_the_textbooks(values: list[int], count: int) -> No
 
 def test_a_tie_of_ranks_counts_for_both() -> None:
     assert rank_sum_test([1, 1, 1], [1, 1]) == 0.5
-
-
-def test_one_experiment_has_no_pairs() -> None:
-    assert compare_pairs({"a": [True]}, seed=1) == []
