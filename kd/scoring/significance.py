@@ -43,10 +43,14 @@ def wilson_interval(correct: float, rows: int) -> tuple[float, float]:
     """
     from scipy.special import ndtri
 
-    z, share = float(ndtri(0.975)), correct / rows
-    middle = share + z**2 / (2 * rows)
-    arm = z * sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
-    low, high = ((middle + side) / (1 + z**2 / rows) for side in (-arm, arm))
+    return score_interval(correct / rows, rows, float(ndtri(0.975)))
+
+
+def score_interval(share: float, rows: float, quantile: float) -> tuple[float, float]:
+    """The same of a share of so many independent rows, at a quantile of the distribution that its error has."""
+    middle = share + quantile**2 / (2 * rows)
+    arm = quantile * sqrt(share * (1 - share) / rows + quantile**2 / (4 * rows**2))
+    low, high = ((middle + side) / (1 + quantile**2 / rows) for side in (-arm, arm))
     return max(0.0, low), min(1.0, high)
 
 
