@@ -2,7 +2,7 @@
 
     python benchmarks/cohort.py [--tiny]
 
-Random weights, float32 with TensorFloat-32 products as in studies/smollm2-gsm8k; the aligned protocol on random tokens
+Random weights, float32 with TensorFloat-32 products as in a study; the aligned protocol on random tokens
 in lengths that are GSM8K's, one example a step. The processes begin together, each when its graphs are captured; they
 gain by NVIDIA's MPS, where it runs (`nvidia-cuda-mps-control -d`). `--tiny` is a tiny model, on a CPU too.
 """

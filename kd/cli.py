@@ -58,7 +58,7 @@ Beside them:
   kd search teacher-kd       alpha and T by Bayesian search
   kd measure teacher-kd      how well it predicts the test answers, and how far it is from its teacher
   kd store inspect PATH      what a teacher store holds, every file verified
-  kd report --study FILE     the tables of a study, many runs over conditions and seeds, from its results.json
+  kd study run FOLDER        a study, many runs over conditions and seeds, on this machine or a Dask cluster
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
 """
@@ -134,13 +134,9 @@ def _add_configured(
             write_record(config, record.format_map(vars(options)), began)
 
     sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    _add_params(sub)
+    sub.add_argument("--params", type=Path, default=Path("params.yaml"), help="the experiment (params.yaml)")
     sub.set_defaults(run=with_config)
     return sub
-
-
-def _add_params(to: Any) -> None:
-    to.add_argument("--params", type=Path, default=Path("params.yaml"), help="the experiment (params.yaml)")
 
 
 def _add_stages(commands: Any) -> None:
@@ -197,7 +193,8 @@ def _add_stages(commands: Any) -> None:
     )
     measure.add_argument("student", metavar="STUDENT", help="such as teacher-kd, or with one seed, teacher-kd-1")
     measure.add_argument("--json", action="store_true", help="print one JSON document, of one run")
-    _add_report(commands)
+    report = stage("report", _report, "score every log, write the report and print the table", "report")
+    report.add_argument("--json", action="store_true", help="print results.json, not the tables")
     attention = stage(
         "attention", _attention, "measure how each student attends and how sure it is of each next token", "attention"
     )
@@ -216,22 +213,6 @@ def _add_stages(commands: Any) -> None:
     sheet = review.add_mutually_exclusive_group()
     sheet.add_argument("--export", metavar="FILE", type=Path, help="write the undecided rows to a CSV file to fill in")
     sheet.add_argument("--import", metavar="FILE", type=Path, dest="sheet", help="take the answers of such a file")
-
-
-def _add_report(commands: Any) -> None:
-    text = "score every log, write the report and print the table"
-    sub = commands.add_parser(
-        "report",
-        help=text,
-        description=f"{text}. With --study nothing is scored or written: the tables of a study, many runs over "
-        "conditions and seeds, are printed from its results.json, which is checked first; it needs no params file, "
-        "models or GPU. docs/report.md describes the file and the statistics.",
-    )
-    source = sub.add_mutually_exclusive_group()
-    _add_params(source)
-    source.add_argument("--study", metavar="FILE", type=Path, help="a study's results.json, instead of an experiment")
-    sub.add_argument("--json", action="store_true", help="print results.json (of a study its summary), not the tables")
-    sub.set_defaults(run=_report)
 
 
 def _add_extract(commands: Any) -> None:
@@ -313,23 +294,27 @@ def _add_store(commands: Any) -> None:
 
 
 def _add_study(commands: Any) -> None:
-    text = "run a study: one experiment over conditions and seeds, compared by paired tests"
+    text = "run a study: students over conditions and seeds, compared by tests that are stated before"
     study = commands.add_parser("study", help=text, description=text).add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = study.add_parser(name, help=text, description=text)
-        sub.add_argument("folder", metavar="FOLDER", type=Path, help="such as studies/smollm2-gsm8k")
-        sub.add_argument("--work", metavar="DIR", type=Path, help="where its results lie (FOLDER/work)")
-        sub.add_argument("--gsm8k", metavar="DIR", type=Path, help="GSM8K's own JSON lines, instead of the Hub")
+        sub.add_argument("folder", metavar="FOLDER", type=Path, help="such as studies/priming")
+        if run is not _study_tables:
+            sub.add_argument("--work", metavar="DIR", type=Path, help="where its results lie (FOLDER/work)")
         sub.set_defaults(run=run)
         return sub
 
     begin = add("run", _study_run, "do what is missing, several tasks at a time")
-    begin.add_argument("--jobs", metavar="N", type=_count, help="tasks at a time (6 for each GPU, or 1 without any)")
+    where = begin.add_mutually_exclusive_group()
+    where.add_argument("--jobs", metavar="N", type=_count, help="tasks at a time (6 for each GPU, or 1 without any)")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="a Dask cluster that shares this file system")
     begin.add_argument("--minutes", metavar="M", type=_minutes, help="stop after so long; the same command goes on")
     one = add("task", _study_task, "do one task, in this process")
-    one.add_argument("name", metavar="TASK", help="as said/ names it: aligned-self-s1/base-kd")
-    add("results", _study_results, "write results.json, the README's tables, and logs/ for DVC")
+    one.add_argument("name", metavar="TASK", help="as said/ names it: rate/base-kd-1")
+    add("results", _study_results, "write results.json, the README's tables and figures, and logs/ for DVC")
+    tables = add("tables", _study_tables, "check results.json, fill the README anew from it and print the tables")
+    tables.add_argument("--json", action="store_true", help="print the summary of results.json, not the tables")
 
 
 def _add_students(commands: Any) -> None:
@@ -487,23 +472,11 @@ def _measure(config: Config, options: argparse.Namespace) -> None:
         _print(_json(measured) if options.json else "\n".join(f"{run}: {key} {measured[key]}" for key in measured))
 
 
-def _report(options: argparse.Namespace) -> None:
-    if options.study:
-        from kd.study.results import read_study
-        from kd.study.tables import text
-
-        study = read_study(options.study)
-        _print(_json(study["summary"]) if options.json else text(study))
-        return
-    from kd.config import load_config
-    from kd.machine.record import write_record
+def _report(config: Config, options: argparse.Namespace) -> None:
     from kd.report.run import report
     from kd.report.tables import table
 
-    _insist_on_checkout(options.params)
-    config, began = load_config(options.params), datetime.now().astimezone()
     results = report(config)
-    write_record(config, "report", began)
     _print(_json(results) if options.json else table(results))
 
 
@@ -617,25 +590,41 @@ def _store_import(config: Config, options: argparse.Namespace) -> None:
 
 def _study_run(options: argparse.Namespace) -> int:
     os.environ.update(STUDY_ENVIRONMENT)
-    from kd.study.driver import at_work, run
+    from kd.study.engine import run
+    from kd.study.work import KEPT_ON_STOP, at_work
 
-    with at_work(options.folder, options.work, options.gsm8k) as plan:
-        return run(plan, options.jobs, options.minutes)
+    with at_work(options.folder, options.work) as plan:
+        try:
+            return run(plan, options.scheduler, options.jobs, options.minutes)
+        except KeyboardInterrupt as stop:
+            raise type(stop)(KEPT_ON_STOP) from None
 
 
 def _study_task(options: argparse.Namespace) -> int:
     os.environ.update(STUDY_ENVIRONMENT)
-    from kd.study.driver import at_work, do
+    from kd.study.work import at_work, do, end_with_worker
 
-    with at_work(options.folder, options.work, options.gsm8k) as plan:
+    end_with_worker()
+    with at_work(options.folder, options.work) as plan:
         return do(plan, options.name, main)
 
 
 def _study_results(options: argparse.Namespace) -> None:
-    from kd.study.driver import at_work, results
+    from kd.study.publish import publish
+    from kd.study.work import at_work
 
-    with at_work(options.folder, options.work, options.gsm8k) as plan:
-        results(plan)
+    with at_work(options.folder, options.work) as plan:
+        missing = publish(plan)
+    if missing:
+        print(f"kd: {len(missing)} of {len(plan.runs)} runs are missing, among them {missing[0]}", file=sys.stderr)
+
+
+def _study_tables(options: argparse.Namespace) -> None:
+    from kd.study.publish import read_published
+    from kd.study.tables import text
+
+    results = read_published(options.folder)
+    _print(_json(results["summary"]) if options.json else text(results))
 
 
 def _file_or_input(text: str) -> Path:

@@ -120,7 +120,6 @@ def test_a_number_that_is_none_is_refused(gsm8k: Path, capsys: pytest.CaptureFix
     "command",
     [
         "extract given --column text",
-        "report --study given",
         "report --params given",
         "review base-kd --import given",
         "review base-kd --export given",

@@ -42,10 +42,11 @@ def write_record(config: Config, name: str, began: datetime) -> None:
     with whole_file(
         file, file.with_name(f".{file.name}.{os.getpid()}")
     ) as work:  # whoever else ends now writes his own
-        write_text(work, as_json(_record(began)))
+        write_text(work, as_json(made_here(began)))
 
 
-def _record(began: datetime) -> dict[str, Any]:
+def made_here(began: datetime) -> dict[str, Any]:
+    """Where, when and by which code something was made, from `began` until now."""
     ended = datetime.now().astimezone()
     gpus = [gpu.name for gpu in read_gpus()] if "torch" in sys.modules else []  # what did without torch used none
     return {

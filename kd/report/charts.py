@@ -259,6 +259,42 @@ def length_chart(tokens: Mapping[str, Sequence[int]], cut: Mapping[str, Sequence
     )
 
 
+def difference_chart(questions: Mapping[str, Mapping[str, Mapping[str, Any]]], margin: float) -> Chart:
+    """Differences in accuracy (`difference`) with their 95 % `interval`s, by what is asked and by pair, a colour and
+    marker for each question; the band is the margin within which two students count as equal."""
+    pairs = [(place, name) for place, found in enumerate(questions.values()) for name in found]
+    with _figure(WIDE, 0.26 * len(pairs) + 1.4) as figure:
+        axes = figure.subplots()
+        axes.axvspan(-100 * margin, 100 * margin, color=PALE, alpha=0.25, linewidth=0, zorder=0)
+        axes.axvline(0, color=INK, linewidth=1, zorder=0.5)
+        for place, (question, found) in enumerate(questions.items()):
+            middles = [100 * one["difference"] for one in found.values()]
+            ends = [[100 * end for end in one["interval"]] for one in found.values()]
+            arms = [
+                [max(0.0, middle - low), max(0.0, high - middle)]
+                for middle, (low, high) in zip(middles, ends, strict=True)
+            ]
+            axes.errorbar(
+                middles,
+                [row for row, (of, _) in enumerate(pairs) if of == place],
+                xerr=list(zip(*arms, strict=True)),
+                fmt=MARKERS[place % len(MARKERS)],
+                color=_colour(place),
+                markeredgecolor=INK,
+                markeredgewidth=0.7,
+                ecolor=INK,
+                elinewidth=1.2,
+                capsize=3,
+                label=question,
+            )
+        axes.grid(axis="x")
+        _name_rows(axes, {f"{name}{chr(8203) * of}": of for of, name in pairs})  # one pair may answer two questions
+        axes.set_xlabel("points of accuracy more")
+        _legend(figure, axes)
+    caption = "First less second, with its 95 % interval; the band: what counts as equal."
+    return Chart("differences", "Differences in accuracy", caption, figure)
+
+
 def drawn(chart: Chart) -> tuple[Chart, str]:
     """The chart with its SVG."""
     return chart, svg(chart)

@@ -1,6 +1,6 @@
-"""The results of a study, many training runs over conditions and seeds: checked, summed up and set as tables.
+"""The results of a study, many runs over conditions and seeds: put together, summed up and checked.
 
-All of it comes from one file, results.json, whose `runs` the study's driver writes; docs/report.md describes it.
+All of it is one file, results.json; docs/study.md describes it.
 """
 
 from __future__ import annotations
@@ -9,43 +9,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isclose
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
 from kd.config import Count, Name, Params, validated
 from kd.errors import UserError
 from kd.io.files import load_json
 from kd.io.text import refuse_half_characters, refuse_no_numbers
-from kd.scoring.significance import bootstrap_interval, holm, paired_differences, sign_flip_test, wilson_interval
-
-Student = tuple[str, str]  # condition and experiment; its runs differ in the seed
-Right = NDArray[np.bool_]  # (seeds, questions)
+from kd.report.packed import unpack_right
+from kd.scoring.comparison import Right, accuracy_interval, compare_family
 
 RULES = ("documented", "robust")  # the rule sets under which every run is counted
-LOSSES = ("answer_loss", "divergence")
-UNTRAINED = "untrained"
-QUIRK = "quirk-"  # begins the name of a condition that is the reference's with one quirk on
-BARE = (UNTRAINED, "no-distillation-matched")
-PRIMED = ("teacher-kd", "ground-truth-kd", "confidence-kd")
-FORMAT = "docs/report.md"
-AGAIN = "let the study's driver write it again"
+WORSE = 1.1  # of the untrained student's answer loss; a student that hardly moves ends within a hundredth of it
+FORMAT = "docs/study.md"
+AGAIN = "let `kd study results` write it again"
 
-
-class Reference(Params):
-    """The student that others are compared with."""
-
-    condition: Name
-    experiment: Name
-
-
-class References(Params):
-    """What students are compared with: the quirks with one student, a condition (first) with another (second)."""
-
-    quirks: Reference
-    conditions: dict[Name, Name]
+Number = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
 class Rows(Params):
@@ -55,27 +38,29 @@ class Rows(Params):
     test: Count
 
 
+class Question(Params):
+    """What a study asks before it runs, and the pairs of students, as condition/student, that answer it."""
+
+    question: str
+    pairs: list[Pair] = Field(min_length=1)
+
+
 class Study(Params):
     """results.json; its runs are validated one by one, as `Run`."""
 
-    study: str
+    study: Name
     question: str
+    questions: dict[Name, Question]
+    margin: FiniteFloat
+    control: str
     rows: Rows
-    hardware: dict[str, Any]
-    versions: dict[str, str]
     settings: dict[str, Any]
-    search: dict[str, Any]
+    teachers: dict[str, Any]
+    searches: dict[str, Any]
     commands: dict[str, str]
-    starting_divergence: dict[str, dict[str, FiniteFloat]]
-    reference: References
     planned: Count  # runs; fewer are there while the study is not over
-    diverged: list[str]  # runs that have no students
     runs: list[dict[str, Any]] = Field(min_length=1)
     summary: dict[str, Any]
-
-
-Number = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Counted(Params):
@@ -93,187 +78,109 @@ class RuleSets(Params):
     robust: Counted
 
 
-class Files(Params):
-    """SHA-256 of what a run left; a bare student has no adapter."""
+class Made(Params):
+    """By what a task was done, and when (None: not known); without Git there is no `commit`."""
 
-    log: Sha256
-    adapter: Sha256 | None
+    commit: str | None
+    changed: bool | None
+    versions: dict[str, str]
+    gpus: list[str]
+    driver: str | None
+    began: str | None
+    ended: str | None
 
 
 class Run(Params):
-    """One student, trained with one seed (or not trained: null) and asked every test question."""
+    """One student, trained with one seed (or not trained: null) and asked every test question. One that `diverged` in
+    training answers none."""
 
     condition: Name
-    experiment: Name
+    student: Name
     seed: Number | None
     teacher: str | None
     prompt: str | None
     command: str
+    diverged: bool
     rules: RuleSets
-    answer_loss: FiniteFloat
+    answer_loss: FiniteFloat | None
     divergence: FiniteFloat | None
-    mean_tokens: FiniteFloat
-    at_limit: Number
-    files: Files
+    mean_tokens: FiniteFloat | None
+    at_limit: Number | None
+    files: dict[Literal["log", "adapter"], Sha256 | None]
+    made: dict[str, Made]
 
 
-def pack_right(right: Sequence[bool]) -> str:
-    """Which questions are right as hexadecimal digits, four questions each, the first the most significant bit."""
-    return np.packbits(np.asarray(right, dtype=bool)).tobytes().hex()[: _digits(len(right))]
-
-
-def unpack_right(digits: str, rows: int) -> list[bool]:
-    """The `rows` questions of `pack_right`; a ValueError where `digits` are not what it makes of as many."""
-    expected = f"expected {_digits(rows)} lower-case hexadecimal digits for {rows} questions, zero bits behind the last"
-    try:
-        packed = bytes.fromhex(digits + "0" * (len(digits) % 2))
-    except ValueError:
-        raise ValueError(expected) from None
-    right = [bool(bit) for bit in np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=rows)]
-    if pack_right(right) != digits:
-        raise ValueError(expected)
-    return right
-
-
-def _digits(rows: int) -> int:
-    return (rows + 3) // 4
-
-
-def summarise(results: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
-    """What a study's `runs` come to: a row for each student, the comparisons, and what each quirk changed.
-
-    Of `results` it reads `runs`, `rows.test` and `reference`. `seed` is that of every bootstrap interval, so that one
-    pair's interval does not depend on which others are there. Shares and losses are unrounded.
-    """
-    students: dict[Student, list[dict[str, Any]]] = {}
+def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study's `runs` come to: its students by name, and of each question the pairs that are there, by
+    "first - second". Shares and losses are unrounded."""
+    students: dict[str, list[dict[str, Any]]] = {}
     for run in results["runs"]:
-        students.setdefault((run["condition"], run["experiment"]), []).append(run)
-    questions = results["rows"]["test"]
-    rows = [_row(student, runs, questions) for student, runs in students.items()]
-    right = {rules: {student: _right(runs, rules, questions) for student, runs in students.items()} for rules in RULES}
-    families = _families(list(students), results["reference"])
-    comparisons = [
-        {"family": family, "rules": rules, "pairs": _compared(pairs, right[rules], seed)}
-        for family, pairs in families.items()
-        for rules in RULES
-    ]
-    return {"rows": rows, "comparisons": comparisons, "quirks": _quirks(rows, comparisons)}
-
-
-def _right(runs: Sequence[Mapping[str, Any]], rules: str, questions: int) -> Right:
-    return np.array([unpack_right(run["rules"][rules]["right"], questions) for run in runs])
-
-
-def _row(student: Student, runs: Sequence[Mapping[str, Any]], questions: int) -> dict[str, Any]:
-    condition, experiment = student
+        students.setdefault(f"{run['condition']}/{run['student']}", []).append(run)
+    rows = results["rows"]["test"]
+    right = {rules: {name: _right(runs, rules, rows) for name, runs in students.items()} for rules in RULES}
+    control = students.get(results["control"])
+    bearable = WORSE * control[0]["answer_loss"] if control else None
     return {
-        "condition": condition,
-        "experiment": experiment,
-        "seeds": len(runs),
-        "rules": {rules: _accuracy([run["rules"][rules] for run in runs], questions) for rules in RULES},
-        **{loss: _spread([run[loss] for run in runs]) for loss in LOSSES},
-        "mean_tokens": fmean(run["mean_tokens"] for run in runs),
-        "at_limit_share": fmean(run["at_limit"] for run in runs) / questions,
+        "students": {
+            name: {
+                "trained": runs[0]["seed"] is not None,
+                "seeds": len(runs),
+                **{rules: _accuracy(right[rules][name]) for rules in RULES},
+                **{key: _spread([run[key] for run in runs]) for key in ("answer_loss", "divergence", "mean_tokens")},
+                "at_limit": fmean((run["at_limit"] or 0) / rows for run in runs),
+                "collapsed": sorted(run["seed"] for run in runs if _collapsed(run, bearable)),
+            }
+            for name, runs in students.items()
+        },
+        "comparisons": {
+            name: {rules: _compared(question["pairs"], right[rules], results["margin"]) for rules in RULES}
+            for name, question in results["questions"].items()
+        },
     }
 
 
-def _accuracy(counted: Sequence[Mapping[str, Any]], questions: int) -> dict[str, Any]:
-    correct = [one["correct"] for one in counted]
+def _right(runs: Sequence[Mapping[str, Any]], rules: str, rows: int) -> Right:
+    """Who was right, (seeds, questions), or of what is not trained (questions,)."""
+    right = np.array([unpack_right(run["rules"][rules]["right"], rows) for run in runs])
+    return right if runs[0]["seed"] is not None else right[0]
+
+
+def _collapsed(run: Mapping[str, Any], bearable: float | None) -> bool:
+    """Whether training made a student worse: it diverged, or its answer loss is more than is bearable."""
+    return run["diverged"] or bool(run["seed"] is not None and bearable and run["answer_loss"] > bearable)
+
+
+def _accuracy(right: Right) -> dict[str, Any]:
+    by_seed = np.atleast_2d(right).mean(axis=1)
     return {
-        "accuracy": fmean(correct) / questions,
-        "interval": list(wilson_interval(fmean(correct), questions)),
-        "lowest": min(correct) / questions,
-        "highest": max(correct) / questions,
-        "undecided": fmean(one["undecided"] for one in counted),
+        "accuracy": float(right.mean()),
+        "interval": list(accuracy_interval(right)),
+        "lowest": float(by_seed.min()),
+        "highest": float(by_seed.max()),
     }
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Over the seeds; None where a run does not have the value."""
+    """Over the seeds that have the value, None where none has it."""
     known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return None
-    return {"mean": fmean(known), "lowest": min(known), "highest": max(known)}
+    return {"mean": fmean(known), "lowest": min(known), "highest": max(known)} if known else None
 
 
-def _families(students: Sequence[Student], reference: Mapping[str, Any]) -> dict[str, list[tuple[Student, Student]]]:
-    """The pairs to compare, of students that are there; p-values are corrected within a family."""
-    families: dict[str, list[tuple[Student, Student]]] = {}
-    conditions = dict.fromkeys(where for where, _ in students if where != UNTRAINED and not where.startswith(QUIRK))
-    for where in conditions:
-        fine_tuning, base, tuned = ((where, name) for name in ("fine-tuning", "base-kd", "tuned-kd"))
-        families[f"priming in {where}"] = [((where, name), base) for name in PRIMED]
-        families[f"training in {where}"] = [(student, BARE) for student in students if student[0] == where]
-        families[f"teachers in {where}"] = [(base, fine_tuning), (tuned, fine_tuning), (tuned, base)]
-    for first, second in reference["conditions"].items():
-        names = [name for where, name in students if where == first]
-        families[f"{first} against {second}"] = [((first, name), (second, name)) for name in names]
-    whole = reference["quirks"]["condition"], reference["quirks"]["experiment"]
-    families["quirks"] = [(student, whole) for student in students if student[0].startswith(QUIRK)]
-    there = {name: [pair for pair in pairs if set(pair) <= set(students)] for name, pairs in families.items()}
-    return {name: pairs for name, pairs in there.items() if pairs}
-
-
-def _compared(
-    pairs: Sequence[tuple[Student, Student]], right: Mapping[Student, Right], seed: int
-) -> list[dict[str, Any]]:
-    """A family's comparisons under one rule set."""
-    compared = [
-        {"first": "/".join(first), "second": "/".join(second), **_difference(right[first], right[second], seed)}
-        for first, second in pairs
-    ]
-    corrected = holm([pair["p"] for pair in compared])
-    return [pair | {"p_holm": p_holm} for pair, p_holm in zip(compared, corrected, strict=True)]
-
-
-def _difference(first: Right, second: Right, seed: int) -> dict[str, Any]:
-    """The difference in mean accuracy with its bootstrap interval and its p-value."""
-    differences, runs = paired_differences(first, second)
-    low, high = bootstrap_interval(*np.unique(differences, return_counts=True), np.random.default_rng(seed))
+def _compared(pairs: Sequence[Sequence[str]], right: Mapping[str, Right], margin: float) -> dict[str, Any]:
+    """A question's pairs under one rule set, those that are there: one family of tests. `equivalent` are two students
+    whose difference is shown to be within the margin."""
+    there = [(first, second) for first, second in pairs if {first, second} <= right.keys()]
     return {
-        "difference": int(differences.sum()) / (runs * len(differences)),
-        "interval": [low / runs, high / runs],
-        "p": sign_flip_test(differences),
-    }
-
-
-def _quirks(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each quirk changed of the reference, beside how far apart the reference's own seeds are."""
-    student = {f"{row['condition']}/{row['experiment']}": row for row in rows}
-    compared = {one["rules"]: one["pairs"] for one in comparisons if one["family"] == "quirks"}
-    changes = []
-    for pairs in zip(*compared.values(), strict=True):
-        quirk, reference = student[pairs[0]["first"]], student[pairs[0]["second"]]
-        changes.append(
-            {
-                "quirk": pairs[0]["first"],
-                "reference": pairs[0]["second"],
-                "rules": {
-                    rules: _accuracy_change(pair, reference["rules"][rules])
-                    for rules, pair in zip(compared, pairs, strict=True)
-                },
-                "answer_loss": _loss_change(quirk["answer_loss"], reference["answer_loss"]),
-                "divergence": _loss_change(quirk["divergence"], reference["divergence"]),
-            }
-        )
-    return changes
-
-
-def _accuracy_change(pair: Mapping[str, Any], reference: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "change": pair["difference"],
-        "interval": pair["interval"],
-        "p_holm": pair["p_holm"],
-        "reference_spread": reference["highest"] - reference["lowest"],
-    }
-
-
-def _loss_change(quirk: Mapping[str, float] | None, reference: Mapping[str, float] | None) -> dict[str, float] | None:
-    if quirk is None or reference is None:
-        return None
-    return {
-        "change": quirk["mean"] - reference["mean"],
-        "reference_spread": reference["highest"] - reference["lowest"],
+        f"{first} - {second}": {
+            "difference": found.difference,
+            "interval": list(found.interval),
+            "p": found.p,
+            "p_holm": found.p_holm,
+            "detectable": found.detectable,
+            "equivalent": found.excludes(margin),
+            "covers_seeds": found.covers_seeds,
+        }
+        for (first, second), found in compare_family(there, right).items()
     }
 
 
@@ -291,21 +198,20 @@ def read_study(path: Path) -> dict[str, Any]:
 def check_study(results: dict[str, Any], path: Path) -> None:
     """Refuse a study's results with a run that cannot be, or a summary that is not what its runs come to."""
     validated(Study, results, str(path), FORMAT)
-    students = set()
+    there = set()
     for number, run in enumerate(results["runs"], start=1):
-        student = (run.get("condition", "?"), run.get("experiment", "?"), run.get("seed", "?"))
-        where = "{}: run {} ({}/{}, seed {})".format(path, number, *student)
+        which = (run.get("condition", "?"), run.get("student", "?"), run.get("seed", "?"))
+        where = "{}: run {} ({}/{}, seed {})".format(path, number, *which)
         validated(Run, run, where, FORMAT)
         _check_counts(run, results["rows"]["test"], where)
-        if student in students:
-            raise UserError(f"{where}: condition, experiment and seed of an earlier run; remove one of the two")
-        students.add(student)
-    if len(results["runs"]) + len(results["diverged"]) > results["planned"]:
+        if which in there:
+            raise UserError(f"{where}: condition, student and seed of an earlier run; remove one of the two")
+        there.add(which)
+    if len(results["runs"]) > results["planned"]:
         raise UserError(f"{path}: planned: {results['planned']}, but there are more runs; {AGAIN}")
-    _check_reference(results, path)
     wrong = next(_disagreements(results["summary"], summarise(results), "summary"), None)
     if wrong:
-        raise UserError(f"{path}: {wrong}: not what the runs come to; let the study's driver write the summary anew")
+        raise UserError(f"{path}: {wrong}: not what the runs come to; {AGAIN}")
 
 
 def _check_counts(run: Mapping[str, Any], questions: int, where: str) -> None:
@@ -320,20 +226,8 @@ def _check_counts(run: Mapping[str, Any], questions: int, where: str) -> None:
             raise UserError(f"{key}.correct: {counted['correct']}, but `right` has {right} questions right; {AGAIN}")
         if right + counted["undecided"] > questions:
             raise UserError(f"{key}.undecided: more than the {questions - right} questions not right; {AGAIN}")
-    if run["at_limit"] > questions:
+    if (run["at_limit"] or 0) > questions:
         raise UserError(f"{where}: at_limit: more than the {questions} test questions; {AGAIN}")
-
-
-def _check_reference(results: Mapping[str, Any], path: Path) -> None:
-    """In a study that is over, a reference that is not there would leave out the quirks' comparisons without a word."""
-    if len(results["runs"]) < results["planned"]:
-        return
-    reference = results["reference"]["quirks"]
-    students = [(run["condition"], run["experiment"]) for run in results["runs"]]
-    quirks = any(condition.startswith(QUIRK) for condition, _ in students)
-    if quirks and (reference["condition"], reference["experiment"]) not in students:
-        name = "{condition}/{experiment}".format(**reference)
-        raise UserError(f"{path}: reference.quirks: no run is of {name}; name the student the quirks are compared with")
 
 
 def _disagreements(kept: Any, computed: Any, key: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A teacher that knows more than its student: the student's own model, fully fine-tuned on other rows of GSM8K.
+"""A teacher that knows more than its student: the student's own model, fully fine-tuned on other problems.
 
 Cross entropy of the main answer and an end token behind BOS + question + line end, as the aligned protocol reads them;
 AdamW, a linear warm-up over a twentieth of the steps, then a cosine down to 0.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from kd.io.files import whole_folder
 from kd.io.progress import progress
 from kd.models.load import default_device, load_model, load_tokenizer, model_folder, pad_right
 from kd.protocol.reading import answer_token_ids, student_token_ids
-from kd.study.plan import TUNED_TEACHER, TunedTeacher
+from kd.study.plan import Tuned
 
 IGNORED = -100  # torch's label for positions that do not count
 WARM_UP = 0.05
@@ -28,10 +29,12 @@ CLIPPED_NORM = 1.0
 Tokens = tuple[list[int], int]  # of one example, and how many of them are the question's
 
 
-def tune(config: Config, settings: TunedTeacher) -> None:
-    """Train the teacher on rows of the params' training split and write it, whole or not at all."""
-    first, last = settings.rows
-    examples = read_examples(config.artifacts / "data" / "train.jsonl")[first - 1 : last]
+def tune(config: Config, settings: Tuned, students: Path, target: Path) -> None:
+    """Train the teacher on the params' training rows, but for questions that the `students`' data has as well, and
+    write it, whole or not at all."""
+    asked = {row.question for split in ("train", "test") for row in read_examples(students / f"{split}.jsonl")}
+    rows = read_examples(config.artifacts / "data" / "train.jsonl")
+    examples = [row for row in rows if row.question not in asked]
     folder = model_folder(config.student.model)
     torch.manual_seed(config.seeds[0])
     tokenizer = load_tokenizer(folder)
@@ -39,7 +42,7 @@ def tune(config: Config, settings: TunedTeacher) -> None:
     tokens = [_tokens(tokenizer, example) for example in examples]
     with deterministic():
         _descend(model, [one for one in tokens if len(one[0]) <= settings.max_tokens], settings, config.seeds[0])
-    with whole_folder(TUNED_TEACHER) as work:
+    with whole_folder(target) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
 
@@ -49,7 +52,7 @@ def _tokens(tokenizer: Any, example: Example) -> Tokens:
     return [*question, *answer_token_ids(tokenizer, example)], len(question)
 
 
-def _descend(model: Any, tokens: list[Tokens], settings: TunedTeacher, seed: int) -> None:
+def _descend(model: Any, tokens: list[Tokens], settings: Tuned, seed: int) -> None:
     draw = random.Random(seed)
     batches = []
     for _ in range(settings.epochs):
