@@ -7,12 +7,9 @@ to import, a third of the whole audit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import lcm, log, sqrt
+from math import sqrt
 
 import numpy as np
-from numpy.typing import NDArray
-
-RESAMPLES = 10_000
 
 
 def wilson_interval(correct: float, rows: int) -> tuple[float, float]:
@@ -40,35 +37,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5)))
 
 
-def paired_differences(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
-    """How far apart two experiments are on each test row, over all their seeds: integers (rows,), and their unit.
-
-    `first` and `second` tell who was right, (seeds, rows), on the same rows. Where the numbers of seeds differ, each
-    side counts as often as makes them equal, so that one run compares with three seeds. The difference in mean
-    accuracy is the integers' mean divided by the unit.
-    """
-    runs = lcm(len(first), len(second))
-    totals = [side.sum(axis=0, dtype=np.int64) * (runs // len(side)) for side in (first, second)]
-    return totals[0] - totals[1], runs
-
-
-def sign_flip_test(differences: NDArray[np.int64]) -> float:
-    """The exact two-sided p-value of the sum of paired `differences` (rows,) where either sign is as likely.
-
-    The unit is the row: a row's seeds share its difference, so more seeds make no more rows. With differences of -1, 0
-    and 1, one run on each side, it is `mcnemar`.
-    """
-    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
-    shares = np.ones(1)  # of all ways to choose signs: entry s has a positive part of sum s
-    for size, count in zip(sizes, counts, strict=True):
-        positive = np.zeros(size * count + 1)
-        positive[::size] = _binomial(int(count))
-        shares = np.convolve(shares, positive)
-    total, observed = int(np.abs(differences).sum()), abs(int(differences.sum()))
-    # A sum of -observed or less is a positive part of at most half of what observed leaves of the total.
-    return min(1.0, 2 * float(shares[: (total - observed) // 2 + 1].sum()))
-
-
 def rank_sum_test(higher: Sequence[float], lower: Sequence[float]) -> float:
     """Wilcoxon's rank-sum test (Mann and Whitney's), one-sided: the p-value of `higher` being that much above `lower`
     by chance alone.
@@ -93,28 +61,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
     corrected = np.empty_like(p)
     corrected[order] = np.minimum(1, stepped)
     return [float(value) for value in corrected]
-
-
-def bootstrap_interval(
-    values: Sequence[int] | NDArray[np.int64], counts: Sequence[int] | NDArray[np.int64], random: np.random.Generator
-) -> tuple[float, float]:
-    """The 95 % percentile interval of a mean over test rows drawn with replacement.
-
-    `counts[i]` of the rows have `values[i]`. Such values are few, so drawing rows is drawing their counts from a
-    multinomial.
-    """
-    rows = int(np.sum(counts))
-    drawn = random.multinomial(rows, np.asarray(counts) / rows, size=RESAMPLES)
-    low, high = np.percentile(drawn @ np.asarray(values) / rows, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _binomial(count: int) -> NDArray[np.float64]:
-    """The probabilities of 0 to `count` heads among as many fair coins."""
-    from scipy.special import gammaln
-
-    heads = np.arange(count + 1)
-    shares: NDArray[np.float64] = np.exp(
-        gammaln(count + 1) - gammaln(heads + 1) - gammaln(count - heads + 1) - count * log(2)
-    )
-    return shares
