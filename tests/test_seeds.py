@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_a_students_name_stands_for_its_runs_and_a_runs_for_itself(
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in said] == ["base-kd-3"] * 3 + ["base-kd-20"] * 3
     assert not unfinished()
+
+
+@pytest.mark.usefixtures("ready")
+def test_two_processes_assess_a_students_runs_as_one_does() -> None:
+    for command in ("train base-kd", "assess base-kd"):
+        assert main(command.split()) == 0
+    alone = contents(LOGS)
+    shutil.rmtree(LOGS)
+    processes = [begin("assess", "base-kd", RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    for process in processes:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert contents(LOGS) == alone
 
 
 @pytest.mark.parametrize("command", ["review base-kd", "assess base-kd --compare 1", "measure base-kd --json"])

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +95,23 @@ def in_turn(name: str, made: Mapping[str, Path], key: Callable[[str], str], proc
     is asked for.
 
     Stopped, it goes on behind what was made, as long as that is there and its `key` is what it was; once all are made,
-    nothing is kept of it. `name` is what they are called together, which no target is.
+    nothing is kept of it. `name` is what they are called together, which no target is. Of several processes the first
+    keeps what was made.
     """
     if len(made) == 1:
         yield from made
         return
-    folder = next(iter(made.values())).parent
-    with unfinished_folder(folder / name, MADE, process) as work:
+    group = next(iter(made.values())).with_name(name)
+    first = process.rank == 0
+    with unfinished_folder(group, MADE, process) if first else nullcontext(bench_of(group) / MADE) as work:
         for run, target in made.items():
             mark = work / run
             if mark.exists() and target.exists() and mark.read_text(encoding="utf-8") == key(run):
                 continue
             yield run
-            if process.rank == 0:
+            if first:
                 write_text(mark, key(run))
-        if process.rank == 0:
+        if first:
             shutil.rmtree(work)
 
 
