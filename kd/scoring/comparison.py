@@ -118,10 +118,10 @@ def compare_family(pairs: Iterable[tuple[str, str]], right: Mapping[str, Right])
     return {pair: replace(one, p_holm=p) for pair, one, p in zip(names, found, corrected, strict=True)}
 
 
-def as_rows(family: Mapping[tuple[str, str], Difference]) -> list[dict[str, Any]]:
-    """The comparisons of a family for a document, each with both names and whether one of MARGIN is `excluded`."""
+def as_rows(family: Mapping[tuple[str, str], Difference], margin: float = MARGIN) -> list[dict[str, Any]]:
+    """The comparisons of a family for a document, each with both names and whether one of `margin` is `excluded`."""
     return [
-        {"first": first, "second": second, **asdict(one), "excluded": one.excludes(MARGIN)}
+        {"first": first, "second": second, **asdict(one), "excluded": one.excludes(margin)}
         for (first, second), one in family.items()
     ]
 

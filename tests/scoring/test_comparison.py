@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from kd.scoring.comparison import MARGIN, accuracy_interval, compare_family, compare_runs
+from kd.scoring.comparison import MARGIN, accuracy_interval, as_rows, compare_family, compare_runs
 from kd.scoring.significance import holm, mcnemar, wilson_interval
 
 Right = NDArray[np.bool_]
@@ -155,6 +155,9 @@ def test_a_family_is_corrected_and_what_it_detects_is_larger() -> None:
     alone = compare_runs(right["a"], right["b"])
     assert (alone.p, alone.p_holm) == (family["a", "b"].p, alone.p)
     assert alone.detectable < family["a", "b"].detectable
+    document = as_rows(family, margin=0.5)
+    assert [(one["first"], one["second"], one["excluded"]) for one in document] == [(*pair, True) for pair in family]
+    assert document[0]["p_holm"] == family["a", "b"].p_holm
     assert compare_family([], {}) == {}
 
 
