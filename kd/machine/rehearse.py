@@ -534,8 +534,12 @@ class Rehearsal:
         return max(done, 1) / (time.perf_counter() - start), where
 
     def _notes(self) -> list[str]:
-        side = f"students are trained, and answer, side by side on {self.gpus} GPUs; " if self.gpus > 1 else ""
-        return [f"times: {side}every answer is taken to go on to its limit; models are loaded from memory."]
+        how = ""
+        if self.gpus > 1:
+            how = f"students are trained, and answer, side by side on {self.gpus} GPUs; "
+        if not self.gpus:
+            how = "one stage after another, by all cores; `kd students` shares them out and takes less; "
+        return [f"times: {how}every answer is taken to go on to its limit; models are loaded from memory."]
 
 
 def find_weights(model: Model) -> Path | None:
