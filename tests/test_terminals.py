@@ -60,7 +60,7 @@ def test_a_response_is_reviewed_at_any_terminal(encoding: str) -> None:
     assert "\x1b" not in shown
     assert "is not a number" in shown
     assert "1 of 1 rows decided" in said
-    assert json.loads(kd(encoding, "report", "--json")[0])["experiments"]["base-kd"]["correct"] == 1
+    assert json.loads(kd(encoding, "report", "--json")[0])["experiments"]["base-kd"]["runs"][0]["correct"] == 1
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

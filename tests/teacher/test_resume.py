@@ -30,7 +30,6 @@ from kd.teacher.backends.transformers import TransformersTeacher
 
 STORE = Path("artifacts/mini/teacher/base")
 PARTIAL = Path("artifacts/mini/teacher/.partial/base")
-KILLS = 20
 
 
 @pytest.fixture
@@ -62,9 +61,9 @@ def captured() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in STORE.iterdir()}
 
 
-def in_a_fresh_process(work: Callable[[], None]) -> None:
+def in_a_fresh_process(work: Callable[..., None], *arguments: Any) -> None:
     """Run `work` where torch has no threads yet, so that it can fork; an assertion that fails there fails here."""
-    process = multiprocessing.get_context("spawn").Process(target=work)
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -90,17 +89,17 @@ def uninterrupted() -> dict[str, bytes]:
     return found
 
 
-def kill_at_random_points() -> None:
+def kill_at_random_points(wanted: int) -> None:
     """Kill a capture again and again until it comes through, compare, and start over until it was killed enough."""
     began = time.monotonic()
     expected = uninterrupted()
     whole_s = time.monotonic() - began
     chance, kills, resumed = random.Random(0), 0, 0
-    while kills < KILLS:
+    while kills < wanted:
         while not STORE.exists():
             resumed += any(PARTIAL.glob("*/states-*"))
             child = fork_capture()
-            if kills < KILLS:
+            if kills < wanted:
                 time.sleep(chance.uniform(0.3, 1) * whole_s)
                 os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
@@ -123,9 +122,10 @@ def capture_with_two_processes() -> None:
     assert not unfinished()
 
 
+@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.often)])
 @pytest.mark.usefixtures("on_cpu", "ready")  # the kills are spread over a time of which a GPU spends all in starting
-def test_killed_at_twenty_random_points_the_next_runs_end_in_the_same_bytes() -> None:
-    in_a_fresh_process(kill_at_random_points)
+def test_killed_at_random_points_the_next_runs_end_in_the_same_bytes(kills: int) -> None:
+    in_a_fresh_process(kill_at_random_points, kills)
 
 
 @pytest.mark.usefixtures("ready")
