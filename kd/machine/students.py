@@ -67,8 +67,11 @@ def run(config: Config, jobs: int | None) -> None:
     `jobs` at a time (None: as many as there are GPUs, or cores, and memory to load students). WorkFailedError names
     what failed, once all else is done.
     """
-    names = gpu_names(_count_gpus())
-    needs = _read_needs(GROUPS if names else ON_A_CPU)
+    with ThreadPoolExecutor(1) as pool:  # a second or two for each of two processes
+        counted = pool.submit(_count_gpus)
+        graph = _asked("dag", "--dot")
+        names = gpu_names(counted.result())
+    needs = _read_needs(graph, GROUPS if names else ON_A_CPU)
     if jobs and names and jobs > len(names):
         raise UserError(f"--jobs {jobs}: every student has a GPU and {len(names)} are visible; give at most that many")
     try:
@@ -90,9 +93,10 @@ def _count_gpus() -> int:
     return int(subprocess.run([sys.executable, "-c", counted], check=True, capture_output=True, text=True).stdout)
 
 
-def _read_needs(groups: Collection[str]) -> dict[str, set[str]]:
-    """The stages of `groups`, those that others wait for first, and of each the stages whose results it reads."""
-    edges = [edge for edge in EDGE.findall(_asked("dag", "--dot")) if edge[1].partition("@")[0] in groups]
+def _read_needs(graph: str, groups: Collection[str]) -> dict[str, set[str]]:
+    """The stages of `groups` in DVC's graph, those that others wait for first, and of each the stages whose results it
+    reads."""
+    edges = [edge for edge in EDGE.findall(graph) if edge[1].partition("@")[0] in groups]
     waited_for = {before for before, _ in edges}
     stages = sorted({stage for _, stage in edges}, key=lambda stage: (stage not in waited_for, stage))
     return {stage: {before for before, after in edges if after == stage} for stage in stages}

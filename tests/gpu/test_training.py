@@ -170,7 +170,7 @@ def test_memory_that_runs_out_is_said_with_the_last_checkpoint(
     monkeypatch.setattr(checkpoint, "save", save_and_limit)
     assert main(["train", "teacher-kd"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("kd: train, teacher-kd: the GPU's memory ran out (")
+    assert error.startswith("kd: train, teacher-kd-1: the GPU's memory ran out (")
     assert "more asked for, " in error
     assert "lower `distill.batch_rows` (2) or `distill.max_tokens` (256)" in error
     assert "the same command goes on from artifacts/mini/adapters/.partial/teacher-kd-1/" in error
@@ -191,7 +191,7 @@ def test_memory_that_runs_out_while_a_graph_is_recorded_is_said_too(
         if main(["train", "teacher-kd"]) == 0:
             break
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("kd: train, teacher-kd: the GPU's memory ran out ("), error
+        assert error.startswith("kd: train, teacher-kd-1: the GPU's memory ran out ("), error
         assert "starts over, as there is no checkpoint yet" in error
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert more > 0
