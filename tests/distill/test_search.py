@@ -292,8 +292,7 @@ def test_a_trial_in_a_cohort_that_loses_a_student_leaves_the_others_alone(
 def test_values_searched_on_the_miniature_train_three_seeds_without_a_collapse(
     write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SmolLM2, six trials of three seeds, a quarter of an hour and more on two cores; `pytest -m often -s` prints what
-    it found."""
+    """SmolLM2, six trials of three seeds, eight minutes on two cores; `pytest -m often -s` prints what it found."""
     params = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
     params["search"] |= {"trials": 6, "learning_rate": [5e-3, 5e-1]}
     write_params(params)
