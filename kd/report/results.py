@@ -55,11 +55,7 @@ def collect(config: Config, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]
         "check_losses": {
             name: {"check_loss": fmean(losses), "published": None if differs else CHECK_LOSSES.get(name)}
             for name, student in runs.items()
-            if (
-                losses := [
-                    run.check["check_loss"] for run in student if run.check and run.check["check_loss"] is not None
-                ]
-            )
+            if (losses := [run.check_loss for run in student if run.check_loss is not None])
         },
     }
 
