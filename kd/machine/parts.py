@@ -182,8 +182,8 @@ def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
         for kind, experiment in others:
             _empty_cache()
             found["kinds"][kind] = _updates(*_beginning(params, experiment, base)[1:], params)
-        found["log_s"] = _log_seconds(params.artifacts / "loss")
         found["measured_s"] += time.perf_counter() - start
+        found["log_s"] = _log_seconds(params.artifacts / "loss")
     return found | {"made_up_s": weights.seconds}
 
 
@@ -381,15 +381,13 @@ def _bare(params: Config) -> Any:
 
 
 def _log_seconds(folder: Path) -> float:
-    """What the loss curve takes an update."""
+    """What the loss curve takes an update, without what dvclive takes once, which counts as starting."""
     from kd.distill.checkpoint import Record
     from kd.distill.train import loss_curve
 
-    start = time.perf_counter()
+    records = [Record(number, [], 1.0, 1.0, 1.0, 1.0) for number in range(1, 51)]
     with loss_curve(folder, []) as log:
-        for number in range(1, 51):
-            log(Record(number, [], 1.0, 1.0, 1.0, 1.0))
-    return (time.perf_counter() - start) / 50
+        return _timed(lambda: [log(record) for record in records]) / len(records)
 
 
 def _empty_cache() -> None:

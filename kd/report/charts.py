@@ -89,7 +89,8 @@ def accuracy_chart(experiments: Mapping[str, Mapping[str, Any]], control: str | 
         if marks:
             axes.plot(*zip(*marks, strict=True), "D", color=COLOURS[1], markeredgecolor=INK, label="published")
         highest = max(*(100 * one["interval"][1] for one in experiments.values()), *(x for x, _ in marks), 10)
-        axes.set_xlim(0, (1.75 if _in_some_seeds(experiments) else 1.3) * highest)
+        axes.set_xlim(0, (1.75 if _in_some_seeds(experiments) else 1.3) * highest)  # with room for what stands beside
+        axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(100, axes.get_xlim()[1])])
         _name_rows(axes, experiments)
         axes.set_xlabel("accuracy on the test questions (%)")
         _legend(figure, axes)

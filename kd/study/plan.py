@@ -157,6 +157,10 @@ class Plan:
         """The runs that are trained side by side."""
         return [run for run in self.runs if run.cohort == name and run.trained_in == run.arm]
 
+    def adapters(self, name: str) -> list[Path]:
+        """What a cohort that ended has made: the adapters of its runs that did not diverge."""
+        return [at(run.arm, "adapters", run.file) for run in self.cohort(name) if not self.diverged(run)]
+
     def diverged(self, run: Run) -> bool:
         """Whether the run's training diverged, so that there is no student to assess."""
         if not run.cohort:

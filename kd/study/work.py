@@ -24,7 +24,7 @@ from kd.machine.record import made_here
 from kd.report.packed import pack_right
 from kd.scoring.extract import extract
 from kd.scoring.log import is_correct, read_answered
-from kd.study.plan import DATA, STUDY, Plan, Run, Task, at
+from kd.study.plan import DATA, STUDY, Plan, Run, Step, Task, at
 from kd.study.results import RULES
 
 RECORDS = Path("tasks")
@@ -60,7 +60,7 @@ def do(plan: Plan, name: str, kd: Callable[[list[str]], int]) -> int:
     configs = {arm: plan.write_params(arm) for arm in task.arms}
     diverged = run is not None and plan.diverged(run)
     for step in [] if diverged else task.steps:
-        if going_on and step.made.exists():
+        if going_on and _is_there(plan, task, step):
             continue
         if status := _do_step(plan, step.command, configs[task.arms[0]], step.made, kd):
             return status
@@ -95,7 +95,7 @@ def missing(plan: Plan) -> list[Task]:
 def done(plan: Plan, task: Task) -> bool:
     """Whether a task was done with the settings it has now, and the inputs that are there now."""
     earlier = _earlier(plan, task)
-    there = all(step.made.exists() for step in task.steps) or earlier.get("result", {}).get("diverged", False)
+    there = all(_is_there(plan, task, step) for step in task.steps) or earlier.get("result", {}).get("diverged", False)
     return "made" in earlier and there and earlier["inputs"] == _inputs(task)
 
 
@@ -138,11 +138,15 @@ def _inputs(task: Task) -> dict[str, Any]:
     return {need: records.get(need, {}).get("made") for need in task.needs}
 
 
+def _is_there(plan: Plan, task: Task, step: Step) -> bool:
+    """Whether all that a step makes is there: a cohort that ended may have lost its adapters since."""
+    there = step.made.exists()
+    return there and (task.kind != "cohort" or all(adapter.exists() for adapter in plan.adapters(task.name)))
+
+
 def _digest(plan: Plan, task: Task) -> str:
     """A checksum of all files that a task has made."""
-    made = [step.made for step in task.steps]
-    if task.kind == "cohort":
-        made += [at(run.arm, "adapters", run.file) for run in plan.cohort(task.name)]
+    made = [step.made for step in task.steps] + (plan.adapters(task.name) if task.kind == "cohort" else [])
     files = sorted(file for path in made for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     return hashlib.sha256(as_json([(file.as_posix(), sha256(file)) for file in files]).encode()).hexdigest()
 

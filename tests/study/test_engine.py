@@ -227,6 +227,25 @@ def test_a_student_that_diverges_is_kept_in_with_nothing_right(small: dict[str, 
     assert main(["study", "run", str(tmp_path)]) == 0
 
 
+@pytest.mark.usefixtures("in_process")
+def test_an_adapter_that_is_gone_is_trained_again(small: dict[str, Any], tmp_path: Path) -> None:
+    small["seeds"] = [1]
+    small["conditions"] = {"untrained": {"students": ["matched"]}, "rate": {"students": ["base-kd"]}}
+    small["questions"]["training"]["pairs"] = [["rate/base-kd", "untrained/matched"]]
+    write_study(tmp_path, small)
+    tasks = list(Plan(tmp_path / "study.yaml").tasks)
+    for task in tasks:
+        assert main(["study", "task", str(tmp_path), task]) == 0
+    made = tmp_path / "work/artifacts/rate"
+    files = [made / "adapters/base-kd-1/adapter_model.safetensors", made / "logs/base-kd-1.csv"]
+    before = [file.read_bytes() for file in files]
+    shutil.rmtree(files[0].parent)
+    files[1].unlink()
+    for task in tasks:
+        assert main(["study", "task", str(tmp_path), task]) == 0
+    assert [file.read_bytes() for file in files] == before
+
+
 @pytest.mark.usefixtures("small", "stand_in")
 def test_a_task_that_fails_is_named_what_needs_it_is_left_out_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
