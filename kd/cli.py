@@ -29,6 +29,7 @@ PIPELINE = "dvc.yaml"
 # imported, and one thread each.
 STUDY_ENVIRONMENT = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
+COMPLETING = "_ARGCOMPLETE"  # set by the shell that asks how a command may go on
 ESCAPED = "backslashreplace"
 MOST_PROBLEMS = 9  # of a params file that `kd` alone shows
 LONG = 5000  # rows, from which on `kd extract` shows progress
@@ -69,7 +70,12 @@ Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the process's exit status."""
     _show_any_text()
-    options = parser().parse_args(arguments)
+    line = parser()
+    if COMPLETING in os.environ:
+        from kd.completion import complete
+
+        complete(line)
+    options = line.parse_args(arguments)
     try:
         with sigterm_stops():
             return (_version if options.version else options.run)(options) or 0
