@@ -262,6 +262,13 @@ def audit(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def dvc(session: nox.Session) -> None:
+    """DVC itself, for the image, where sessions are what is run: `nox -s dvc -- push -r upload train`."""
+    environment(session)
+    session.run("dvc", *session.posargs)
+
+
+@nox.session(python=False)
 def image(session: nox.Session) -> None:
     """Build the Docker image and try it; `nox -s image -- cpu` the one without the compiled extension.
 
