@@ -37,6 +37,8 @@ class Stage:
 def without_params() -> list[str]:
     """What to do in a folder that has no params.yaml."""
     checkout = next((folder for folder in Path.cwd().parents if (folder / PIPELINE).exists()), None)
+    if PARAMS.is_symlink():  # in the image, before its first session has brought what it leads to
+        return ["params.yaml is a link to nothing yet. To begin with the miniature, which brings it:", "  nox -s mini"]
     if PIPELINE.exists():
         return [
             "No params.yaml here, which says what runs. To begin with the miniature, on two CPU cores:",
@@ -59,12 +61,12 @@ def next_step(config: Config) -> list[str]:
     title += f"{', '.join(map(str, config.seeds))}, {len(config.untrained)} untrained rows"
     stages = list(stages_of(config))
     missing = [stage for stage in stages if not stage.target.exists()]
-    if not missing:
-        return [title, *_finished(config)]
-    begun = [stage.name for stage in missing if bench_of(stage.target).is_dir()]
-    lines = [title, f"Here: {_counted(stages, missing) or 'nothing yet'}."]
-    if begun:
+    lines = [title]
+    if begun := [stage.name for stage in stages if bench_of(stage.target).is_dir()]:
         lines.append(f"Begun, and at work or stopped: {_listed(begun)}; what was stopped goes on where it was.")
+    if not missing:
+        return [*lines, *_finished(config)]
+    lines.append(f"Here: {_counted(stages, missing) or 'nothing yet'}.")
     if config.needs.gpus and len(missing) == len(stages):
         lines.append("Before that: `kd doctor`, has this machine what it needs? `kd rehearse`, what will it take?")
     begin = "Next" if len(missing) == len(stages) else f"Next is {missing[0].name}"
