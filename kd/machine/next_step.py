@@ -71,7 +71,7 @@ def next_step(config: Config) -> list[str]:
         lines.append("Before that: `kd doctor`, has this machine what it needs? `kd rehearse`, what will it take?")
     begin = "Next" if len(missing) == len(stages) else f"Next is {missing[0].name}"
     if PIPELINE.exists():
-        todo = f"`{_session(config)}` makes all that is missing, and prints the table; so does `dvc repro`, by stages."
+        todo = f"`{_session(config)}` makes what is missing and prints the table; `dvc repro` makes it stage by stage."
     else:
         todo = f"`{missing[0].command}` (there is no dvc.yaml here, so stages are run by hand)."
     return [*lines, f"{begin}: {todo}"]

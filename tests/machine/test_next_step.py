@@ -88,10 +88,10 @@ def test_the_stages_are_those_of_dvc(experiment: dict[str, Any]) -> None:
 
 
 def test_nothing_is_made_yet(experiment: dict[str, Any], said: Callable[[], str]) -> None:
-    assert "Here: nothing yet.\nNext: `nox -s mini` makes all" in said()
+    assert "Here: nothing yet.\nNext: `nox -s mini` makes what" in said()
     experiment["profile"] = "my-own"
     YAML().dump(experiment, Path("params.yaml"))
-    assert "Next: `nox -s repro` makes all" in said()
+    assert "Next: `nox -s repro` makes what" in said()
     experiment["needs"]["gpus"] = 4
     YAML().dump(experiment, Path("params.yaml"))
     assert "Before that: `kd doctor`" in said()
@@ -102,7 +102,7 @@ def test_every_stage_comes_next_once_those_before_it_are_there(said: Callable[[]
     before, *rest = stages()
     make(before)
     for stage in rest:
-        assert f"\nNext is {stage.name}: `nox -s mini` makes all that is missing, and" in said()
+        assert f"\nNext is {stage.name}: `nox -s mini` makes what is missing and" in said()
         make(stage)
     assert "Next is" not in said()
 
