@@ -81,11 +81,13 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     && useradd --uid 1000 --no-create-home --home-dir /tmp kd \
     && chmod -R a+rwX /kd /models
 
-ARG REVISION=unknown
+# Of the checkout, for `kd --version` and the records of what is made: the image has no Git folder.
+ARG REVISION=
+ENV KD_REVISION=$REVISION
 LABEL org.opencontainers.image.title="kd" \
       org.opencontainers.image.description="Response-priming distillation (arXiv 2412.17846), rerunnable" \
       org.opencontainers.image.licenses="MIT AND Apache-2.0" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.revision="$REVISION"
 USER 1000
 # All that is ever written; the rest may be read-only.

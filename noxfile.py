@@ -262,6 +262,13 @@ def audit(session: nox.Session) -> None:
 
 
 @nox.session(python=False)
+def dvc(session: nox.Session) -> None:
+    """DVC itself, for the image, where sessions are what is run: `nox -s dvc -- push -r upload train`."""
+    environment(session)
+    session.run("dvc", *session.posargs)
+
+
+@nox.session(python=False)
 def image(session: nox.Session) -> None:
     """Build the Docker image and try it; `nox -s image -- cpu` the one without the compiled extension.
 
@@ -274,9 +281,9 @@ def image(session: nox.Session) -> None:
     if engine is None:
         session.error("neither docker, podman nor buildah works here; start Docker's daemon or install one of them")
     tag = f"kd:{target}"
-    asked = ("git", "rev-parse", "HEAD")
+    asked = ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changed")
     revision = subprocess.run(asked, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    build = ("--target", target, "--tag", tag, "--build-arg", f"REVISION={revision or 'unknown'}", ".")
+    build = ("--target", target, "--tag", tag, "--build-arg", f"REVISION={revision}", ".")
     session.run(engine, "build", *build, external=True, env={"DOCKER_BUILDKIT": "1"})
     if engine == "buildah":
         name = session.run(engine, "from", tag, external=True, silent=True)

@@ -29,7 +29,9 @@ PIPELINE = "dvc.yaml"
 # imported, and one thread each.
 STUDY_ENVIRONMENT = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
+COMPLETING = "_ARGCOMPLETE"  # set by the shell that asks how a command may go on
 ESCAPED = "backslashreplace"
+MOST_PROBLEMS = 9  # of a params file that `kd` alone shows
 LONG = 5000  # rows, from which on `kd extract` shows progress
 
 EPILOG = """\
@@ -44,6 +46,7 @@ The stages in order, as `dvc repro` runs them:
   kd report                  the paper's table
   kd attention               how each student attends, layer by layer, and how sure it is
 
+`kd` alone says what is here and what to do next.
 What runs is params.yaml; results lie under artifacts/<profile>/. To switch, `cp profiles/paper.yaml params.yaml`
 (keep a params.yaml of your own elsewhere first), or let `nox -s paper` do it and run it.
 A student is trained and assessed once for each of `seeds`, one after another; teacher-kd-1 is its run with seed 1.
@@ -67,10 +70,15 @@ Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the process's exit status."""
     _show_any_text()
-    options = parser().parse_args(arguments)
+    line = parser()
+    if COMPLETING in os.environ:
+        from kd.completion import complete
+
+        complete(line)
+    options = line.parse_args(arguments)
     try:
         with sigterm_stops():
-            return options.run(options) or 0
+            return (_version if options.version else options.run)(options) or 0
     except UserError as error:
         print(f"kd: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -105,7 +113,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = root.add_subparsers(metavar="COMMAND", required=True)
+    root.add_argument("--version", action="store_true", help="print version, commit and pins, and whether they are met")
+    root.set_defaults(run=_next_step)
+    commands = root.add_subparsers(metavar="COMMAND")
     _add_stages(commands)
     _add_extract(commands)
     _add_audit(commands)
@@ -346,6 +356,27 @@ def _insist_on_checkout(params: Path) -> None:
             f"{code}: not the code that runs, which is {Path(__file__).parent}; in this checkout type `python -m kd` "
             "instead of `kd`, or let `nox` make its own environment"
         )
+
+
+def _version(_: argparse.Namespace) -> None:
+    from kd.machine.version import text
+
+    _print(text())
+
+
+def _next_step(_: argparse.Namespace) -> None:
+    from kd.config import load_config
+    from kd.machine.next_step import PARAMS, next_step, without_params
+
+    try:
+        if PARAMS.exists():
+            _insist_on_checkout(PARAMS)
+            lines = next_step(load_config(PARAMS))
+        else:
+            lines = without_params()
+    except UserError as error:  # which every command would end with; here it is the answer
+        lines = ["Next, mend this:", *str(error).splitlines()[:MOST_PROBLEMS]]
+    _print("\n".join(lines))
 
 
 def _inputs(config: Config, _: argparse.Namespace) -> None:

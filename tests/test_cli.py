@@ -39,7 +39,7 @@ def test_help_teaches_and_waits_for_no_library() -> None:
     assert "Exit status" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["--wrong"], ["teach", "base"], ["train"], ["report", "--jsn"]])
+@pytest.mark.parametrize("arguments", [["--wrong"], ["teach", "base"], ["data"], ["train"], ["report", "--jsn"]])
 def test_wrong_usage_exits_2_without_a_traceback(arguments: list[str]) -> None:
     done = subprocess.run([*KD, *arguments], capture_output=True, text=True)
     assert done.returncode == 2

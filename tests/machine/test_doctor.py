@@ -19,7 +19,8 @@ from tiny import make_tiny_llama
 from kd import config
 from kd.cli import main
 from kd.machine import doctor, probe
-from kd.machine.probe import GIB, Disk, Gpu, Machine, Package, Source
+from kd.machine.probe import GIB, Disk, Gpu, Machine, Source
+from kd.machine.version import Package
 from kd.models import hub
 
 PAPER = config.load_config(REPOSITORY / "profiles" / "paper.yaml")
