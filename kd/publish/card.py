@@ -71,6 +71,7 @@ def model_card(edition: Edition, run: str, written: str, revision: str) -> str:
         f"# {name.partition('/')[2]}",
         _collapse(of_run),
         _described(edition, run, written),
+        _built_with(edition),
         f"""## Load
 
 ```python
@@ -92,10 +93,9 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}")
 def dataset_card(edition: Edition) -> str:
     """The card of the dataset repository: the results, and what lies there."""
     runs = list(edition.config.experiments)
-    licence = _llama_licence(edition)
     metadata = DatasetCardData(
         language=["en"],
-        license=licence or "mit",
+        license=_llama_licence(edition) or "mit",
         pretty_name=f"Response-priming distillation: {edition.results['profile']}",
         tags=TAGS,
         task_categories=["text-generation"],
@@ -117,7 +117,7 @@ from datasets import load_dataset
 log = load_dataset("{edition.repository}", "{runs[-1]}", split="test")
 ```""",
         "## Adapters\n\n" + "\n".join(f"- [{name}]({constants.HUGGINGFACE_CO_URL_HOME}{name})" for name in adapters),
-        "Built with Llama." if licence else "",
+        _built_with(edition),
     )
 
 
@@ -181,6 +181,10 @@ def _licence(edition: Edition) -> dict[str, Any]:
     return {"license": "other", "license_name": "that-of-the-base-model", "license_link": page}
 
 
+def _built_with(edition: Edition) -> str:
+    return "Built with Llama." if edition.llamas else ""
+
+
 def _llama_licence(edition: Edition) -> str:
     """The Hub's name of the first Llama's licence; empty where there is none."""
     return f"llama{edition.llamas[0]}" if edition.llamas else ""
@@ -190,6 +194,7 @@ def _described(edition: Edition, run: str, written: str) -> str:
     """What training has written of an adapter, without its heading and with the Hub's name of the student."""
     student = edition.config.student.model
     said = RepoCard(written, ignore_metadata_errors=True).text.strip().removeprefix(f"# {run}").strip()
+    said = said.replace("\nBuilt with Llama.\n", "")  # which stands below
     if isinstance(student, BundledModel):
         said += (
             f"\n- weights: trained and assessed on those of {model_name(student)}, the original's at 4 bits (Q4_1) and "

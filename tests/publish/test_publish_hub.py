@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from huggingface_hub import DatasetCard, ModelCard, configure_http_backend
+from huggingface_hub import ModelCard, RepoCard, configure_http_backend
 from params import keep
 from ruamel.yaml import YAML
 from upload_server import ME, MY_TOKEN, Asked, Stored, UploadHub
 
 from kd.cli import main
+from kd.config import load_config
+from kd.publish.hub import Repository, plan
 
 NAME, BASE = f"{ME}/tiny", f"{ME}/tiny-llama"
 DRY = ["publish", "hub", NAME, "--base-model", BASE]
@@ -125,28 +127,34 @@ def test_the_hubs_own_reader_finds_the_results_in_a_card(hub: UploadHub) -> None
         assert str(Path(results()["student"]["model"]["path"]).parent) not in read.content
 
 
-def test_a_run_that_collapsed_says_so_and_by_what(hub: UploadHub) -> None:
+def test_a_card_has_the_figures_of_its_run_and_whether_it_collapsed(hub: UploadHub) -> None:
     path, found = Path("artifacts/mini/report/results.json"), results()
     student = found["experiments"]["base-kd"]
-    student["collapsed"] = [2]
+    student |= {"collapsed": [2], "accuracy": 0.375}
+    student["runs"][1] |= {"correct": 3, "accuracy": 0.75}
     student["runs"][0]["signs"], student["runs"][1]["signs"] = [], [{"by": "loss", "first": 1.5, "last": 9.25}]
     path.write_text(json.dumps(found))
     assert main(UPLOAD) == 0
     assert "**This run collapsed**: its training loss rose from 1.5 to 9.25." in card(hub, "base-kd-2").text
     assert "This run collapsed" not in card(hub, "base-kd-1").text
     assert "1 collapsed (seed 2)" in card(hub, "base-kd-1").text
+    assert [one.metric_value for one in card(hub, "base-kd-2").data.eval_results] == [0.75, 0.375]
+    assert "This run has 3 of 4 test questions right, 75.00%" in card(hub, "base-kd-2").text
 
 
-def test_the_dataset_has_page_results_and_a_configuration_for_each_log(hub: UploadHub) -> None:
+def test_the_dataset_has_page_and_results_and_loads_by_run(hub: UploadHub, here: Path) -> None:
+    from datasets import load_dataset
+
     assert main(UPLOAD) == 0
     files = hub.repositories[MINE[0]].files
     assert files["report/index.html"] == Path("artifacts/mini/report/index.html").read_bytes()
     assert json.loads(files["report/results.json"]) == results()
-    read = DatasetCard(files["README.md"].decode())
-    logs = {one["config_name"]: one["data_files"][0]["path"] for one in read.data.configs}
-    assert logs == {run: f"logs/{run}.csv" for run in ("no-distillation-matched", *RUNS)}
-    for run, path in logs.items():
-        assert files[path] == Path(f"artifacts/mini/logs/{run}.csv").read_bytes()
+    for path, body in files.items():
+        (here / "got" / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / "got" / path).write_bytes(body)
+    for name, run in [("no-distillation-matched", "no-distillation-matched"), ("base-kd", "base-kd-2")]:
+        log = load_dataset(str(here / "got"), run, split="test", cache_dir=str(here / "cache"))
+        assert (len(log), sum(log["correct"])) == (4, results()["experiments"][name]["runs"][-1]["correct"])
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -370,5 +378,33 @@ def test_what_llama_made_has_its_name_notice_and_licence(capsys: pytest.CaptureF
     llama = "meta-llama/Llama-3.1-8B-Instruct"
     assert main(["publish", "hub", NAME, "--base-model", llama]) == 2
     assert "choose someone/Llama-tiny" in capsys.readouterr().err
-    assert main(["publish", "hub", "someone/Llama-tiny", "--base-model", llama]) == 0
-    assert capsys.readouterr().out.count("NOTICE") == 3
+    for one in plan(load_config(Path("params.yaml")), "someone/Llama-tiny", llama):
+        assert b"Llama 3.1 is licensed under the Llama 3.1 Community License" in bytes_of(one, "NOTICE")
+        assert RepoCard(bytes_of(one, "README.md").decode()).data.get("license") == "llama3.1"
+        assert b"Built with Llama." in bytes_of(one, "README.md")
+
+
+@pytest.mark.usefixtures("here")
+def test_data_and_models_of_the_hub_have_their_names_and_revisions() -> None:
+    data = {"source": "hub", "name": "openai/gsm8k", "revision": "e" * 40}
+    path, found = Path("artifacts/mini/report/results.json"), results()
+    for key, value in (
+        ("dataset", data | {"answers": "main", "train_rows": 6, "test_rows": 4}),
+        ("student", {"model": {"source": "bundled"}, "dtype": "float32"}),
+    ):
+        set_param(key, value)
+        found[key] = value
+    path.write_text(json.dumps(found))
+    dataset, adapter, _ = plan(load_config(Path("params.yaml")), NAME)
+    read = ModelCard(bytes_of(adapter, "README.md").decode())
+    one = read.data.eval_results[0]
+    assert (one.dataset_type, one.dataset_config, one.dataset_revision) == ("openai/gsm8k", "main", "e" * 40)
+    assert one.source_url.endswith(f"/datasets/{NAME}/tree/{dataset.tag}")
+    assert read.data.datasets == ["openai/gsm8k"]
+    assert (read.data.base_model, read.data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+    assert json.loads(bytes_of(adapter, "adapter_config.json"))["base_model_name_or_path"] == read.data.base_model
+
+
+def bytes_of(repository: Repository, path: str) -> bytes:
+    content = repository.files[path]
+    return content if isinstance(content, bytes) else content.read_bytes()
