@@ -62,6 +62,7 @@ Beside them:
   kd measure teacher-kd      how well it predicts the test answers, and how far it is from its teacher
   kd store inspect PATH      what a teacher store holds, every file verified
   kd study run FOLDER        a study, many runs over conditions and seeds, on this machine or a Dask cluster
+  kd publish hub OWNER/NAME  adapters and results for the Hugging Face Hub; first a list of what would go
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
 """
@@ -124,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     _add_store(commands)
     _add_study(commands)
     _add_students(commands)
+    _add_publish(commands)
     return root
 
 
@@ -342,6 +344,17 @@ def _add_students(commands: Any) -> None:
         help="students at a time (as many as GPUs, or as cores and memory without any)",
     )
     sub.set_defaults(run=_students)
+
+
+def _add_publish(commands: Any) -> None:
+    publish = commands.add_parser("publish", help="results that others can cite, load and check").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    text = "list what would go to the Hugging Face Hub: adapters and results, with cards; --upload sends it"
+    sub = _add_configured(publish, "hub", _publish_hub, text)
+    sub.add_argument("repository", metavar="REPOSITORY", help="OWNER/NAME of the results; adapters: OWNER/NAME-<run>")
+    sub.add_argument("--upload", action="store_true", help="send what the Hub has not, with the token in HF_TOKEN")
+    sub.add_argument("--base-model", metavar="OWNER/NAME", help="what the Hub calls a student from a folder")
 
 
 def _insist_on_checkout(params: Path) -> None:
@@ -656,6 +669,21 @@ def _study_tables(options: argparse.Namespace) -> None:
 
     results = read_published(options.folder)
     _print(_json(results["summary"]) if options.json else text(results))
+
+
+def _publish_hub(config: Config, options: argparse.Namespace) -> None:
+    from kd.publish.hub import folders, plan, rows, upload
+    from kd.report.tables import aligned
+
+    repositories = plan(config, options.repository, options.base_model)
+    if options.upload:
+        _print(aligned(upload(repositories)))
+        print(f"kd: to cite: {repositories[0].address} at revision {repositories[0].tag}", file=sys.stderr)
+        return
+    _print(aligned(rows(repositories)))
+    if named := folders(config):
+        print(f"kd: results and page name folders of this machine: {', '.join(named)}", file=sys.stderr)
+    print("kd: nothing was sent; --upload sends it, and repositories that it makes are public", file=sys.stderr)
 
 
 def _file_or_input(text: str) -> Path:

@@ -26,6 +26,7 @@ FLOORS = [
     "report",
     "inputs machine completion",
     "study audit",
+    "publish",
     "cli",
     "__main__",
 ]
