@@ -79,11 +79,9 @@ def _adapter(config: Config, run: str) -> Iterator[Path]:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; run `kd train {run}`")
-    weights = folder / ADAPTER_WEIGHTS
-    if others := [
-        name for name in read_header(weights, f"run `kd train {run}` again").tensors if not name.endswith(LORA)
-    ]:
-        raise UserError(f"{weights}: {some(others)} no part of a LoRA adapter, and no model's weights go into a crate")
+    weights, again = folder / ADAPTER_WEIGHTS, f"run `kd train {run}` again"
+    if others := [name for name in read_header(weights, again).tensors if not name.endswith(LORA)]:
+        raise UserError(f"{weights}: {some(others)} not of a LoRA adapter, and a model's weights stay out; {again}")
     yield from (folder / name for name in ("README.md", ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECK))
     yield from _below(folder / "loss", LOSS_KINDS)
 

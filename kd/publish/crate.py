@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -25,7 +26,7 @@ from kd.publish.contents import contents, refuse_published
 from kd.publish.description import METADATA, PREVIEW, Packed, description
 from kd.publish.lock import REPRO, read_stages
 from kd.publish.preview import preview
-from kd.publish.records import read_citation, read_records
+from kd.publish.records import Publication, Record, read_citation, read_records
 
 SUFFIX = ".zip"
 CHUNK = 2**20
@@ -38,10 +39,8 @@ def make_crate(config: Config, params: Path, target: Path, *, stores: bool) -> s
     if target.suffix != SUFFIX:
         raise UserError(f"{target}: a crate is a zip file; give it a name that ends in {SUFFIX}")
     results = agreed_results(config, REPRO)
-    records, citation = read_records(config, read_stages(config, params)), read_citation()
-    record = config.artifacts / FOLDER / "report.json"
-    if record not in (one.file for one in records):
-        raise UserError(f"{record}: no such file, so when the results were made is not known; run `kd report`")
+    records = read_records(config, read_stages(config, params))
+    publication = Publication(config, results, read_citation(), records, _date(config, records))
     files = contents(config, params, records, stores=stores)
     if stores:
         size = sum(path.stat().st_size for name, path in files.items() if name.startswith(_captures(config)))
@@ -50,12 +49,21 @@ def make_crate(config: Config, params: Path, target: Path, *, stores: bool) -> s
     with whole_file(target) as work:
         with zipfile.ZipFile(work, "w", zipfile.ZIP_STORED) as archive:
             packed = list(_pack_files(archive, files))
-            page = preview(config, results, citation, records, packed, chart)
+            page = preview(publication, packed, chart)
             shown = _pack(archive, PREVIEW, BytesIO(page.encode()), len(page.encode()))
-            document = as_json(description(config, results, citation, records, packed, shown)).encode()
+            document = as_json(description(publication, packed, shown)).encode()
             _pack(archive, METADATA, BytesIO(document), len(document))
         digest, total = sha256(work), work.stat().st_size
     return f"{target}: {len(packed) + 2} files, {total:,} bytes, SHA-256 {digest}"
+
+
+def _date(config: Config, records: Iterable[Record]) -> datetime:
+    """When the results were complete, by the report's record."""
+    file = config.artifacts / FOLDER / "report.json"
+    for record in records:
+        if record.file == file:
+            return record.made.ended
+    raise UserError(f"{file}: no such file, so it is not known when the results were made; run `kd report`")
 
 
 def _captures(config: Config) -> str:

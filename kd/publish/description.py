@@ -1,13 +1,13 @@
 """What a crate says of itself, ro-crate-metadata.json: a Provenance Run Crate, the fullest of the Workflow Run RO-Crate
 profiles (https://w3id.org/ro/wfrun/provenance/0.5), on RO-Crate 1.1.
 
-The workflow is dvc.yaml, its tools are kd's commands at the commits that ran, and each record of a run is an action with
-what dvc.lock has as read and made by it, as far as that is in the crate.
+The workflow is dvc.yaml, its tools are kd's commands at the commits that ran, and each record of a run is an action
+with what dvc.lock has as read and made by it, as far as that is in the crate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ from rocrate.rocrate import ROCrate
 from kd.config import Config
 from kd.publish.contents import WORKFLOW
 from kd.publish.lock import PARAMS
-from kd.publish.records import Author, Citation, Record, Reference
+from kd.publish.records import Author, Citation, Publication, Record, Reference
 from kd.report.finding import comparability, finding
 from kd.report.tables import setting
 
@@ -85,15 +85,9 @@ class Packed:
     sha256: str
 
 
-def description(
-    config: Config,
-    results: Mapping[str, Any],
-    citation: Citation,
-    records: Sequence[Record],
-    files: Sequence[Packed],
-    preview: Packed,
-) -> dict[str, Any]:
+def description(publication: Publication, files: Sequence[Packed], preview: Packed) -> dict[str, Any]:
     """The document. `files` are all in the crate but the preview and this document itself."""
+    config, results, citation = publication.config, publication.results, publication.citation
     crate = ROCrate(version=VERSION)
     crate.metadata.extra_contexts.append(CONTEXT)
     crate.metadata["conformsTo"] = [_to(crate.metadata.profile), _to(WORKFLOW_CRATE)]
@@ -105,24 +99,25 @@ def description(
     root["conformsTo"] = [_to(profile) for profile in PROFILES]
     root["name"] = f"Results of profile {config.profile}: {citation.title}"
     root["description"] = " ".join((finding(results), comparability(results), setting(results)))
-    root["datePublished"] = published(config, records)
+    root["datePublished"] = publication.date.isoformat()
     root["license"] = _add_license(crate, citation)
-    root["author"] = [_add_author(crate, author) for author in citation.authors]
+    root["author"] = _single([_add_author(crate, author) for author in citation.authors])
     if citation.references:
-        root["citation"] = [_add_reference(crate, *one) for one in enumerate(citation.references, start=1)]
-    _add_workflow(crate, config, citation, records)
+        works = enumerate(citation.references, start=1)
+        root["citation"] = _single([_add_reference(crate, number, work) for number, work in works])
+    _add_workflow(crate, publication)
     return dict(crate.metadata.generate())
-
-
-def published(config: Config, records: Iterable[Record]) -> str:
-    """When the results were complete, by the report's record."""
-    return next(one for one in records if one.file.name == "report.json").made.ended.isoformat()
 
 
 def _add(crate: Any, identifier: str, kind: str, /, **properties: Any) -> Any:
     """An entity that is no file; properties that are None are left out."""
-    given = {name: value for name, value in properties.items() if value is not None}
+    given = {name: _single(value) for name, value in properties.items() if value is not None}
     return crate.add(ContextEntity(crate, identifier, properties={"@type": kind} | given))
+
+
+def _single(value: Any) -> Any:
+    """A list of one thing as that thing, as RO-Crate has it."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _to(identifier: str) -> dict[str, str]:
@@ -151,7 +146,7 @@ def _add_parts(crate: Any, config: Config, files: Iterable[Packed]) -> None:
         name = {"name": PurePosixPath(folder).name}
         crate.add(Dataset(crate, dest_path=folder, properties=name | said.get(folder, {})))
     for folder, parts in folders.items():
-        crate.get(folder)["hasPart"] = [_to(part) for part in sorted(parts)]
+        crate.get(folder)["hasPart"] = _single([_to(part) for part in sorted(parts)])
 
 
 def _add_license(crate: Any, citation: Citation) -> Any:
@@ -188,8 +183,9 @@ def _add_reference(crate: Any, number: int, reference: Reference) -> Any:
     )
 
 
-def _add_workflow(crate: Any, config: Config, citation: Citation, records: Sequence[Record]) -> None:
+def _add_workflow(crate: Any, publication: Publication) -> None:
     """The pipeline, the commands that it is made of, and each run of one."""
+    config, citation, records = publication.config, publication.citation, publication.records
     dvc = _add(crate, "#dvc", "ComputerLanguage", name="DVC pipeline", url="https://dvc.org")
     workflow = crate.get(WORKFLOW.as_posix())
     workflow["programmingLanguage"] = dvc
@@ -234,8 +230,8 @@ def _add_action(crate: Any, config: Config, citation: Citation, record: Record) 
 
 
 def _there(crate: Any, paths: Iterable[str]) -> list[str]:
-    """The files and folders among some paths that are in the crate."""
-    return [name for path in paths for name in (path, f"{path}/") if crate.get(name) is not None]
+    """The files and folders among some paths that are in the crate, by their names there."""
+    return [entity.id for path in paths if (entity := crate.get(path)) is not None]
 
 
 def _tool(crate: Any, citation: Citation, record: Record) -> Any:

@@ -7,55 +7,49 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files as resources
-from typing import Any
 from urllib.parse import quote
 
 from kd.config import Config
-from kd.publish.description import METADATA, SAID, Packed, published
-from kd.publish.records import Citation, Record
+from kd.publish.description import METADATA, SAID, Packed
+from kd.publish.records import Publication, Record
 from kd.report import tables
 from kd.report.finding import comparability, finding
 from kd.report.page import folded, listing, paragraph, table
 
 ENTRIES = ("report/index.html", "report/results.md", "report/results.json", "logs/", "adapters/", "teacher/", "runs/")
 PLAIN = ("params.yaml", "dvc.lock", "requirements.lock", "LICENSE", "NOTICE", METADATA)
+PICTURE = "figure img { display: block; width: 100%; height: auto; }\n"
 
 
-def preview(
-    config: Config,
-    results: dict[str, Any],
-    citation: Citation,
-    records: Sequence[Record],
-    files: Sequence[Packed],
-    chart: str,
-) -> str:
+def preview(publication: Publication, files: Sequence[Packed], chart: str) -> str:
     """The page; `chart` is the SVG file of the accuracies."""
-    style = resources("kd.report").joinpath("page.css").read_text(encoding="utf-8")
+    results, citation = publication.results, publication.citation
+    style = resources("kd.report").joinpath("page.css").read_text(encoding="utf-8") + PICTURE
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
-    title = f"Results of profile {config.profile}"
-    day = published(config, records)[:10]
+    title = f"Results of profile {publication.config.profile}"
     authors = ", ".join(author.called for author in citation.authors)
+    made = f"{citation.title}. {authors}, {publication.date:%Y-%m-%d}."
+    licence = f"Licence: {citation.license}; models and data keep their own (NOTICE)."
     picture = base64.b64encode(chart.encode()).decode("ascii")
     parts = [
         f'<header class="top"><h1>{escape(title)}</h1>\n',
-        paragraph(
-            f"{citation.title}. {authors}, {day}. Licence: {citation.license}; models and data keep theirs (NOTICE)."
-        ),
+        paragraph(f"{made} {licence}"),
         paragraph(tables.setting(results)),
         '</header>\n<main>\n<section id="finding">\n<h2>What it shows</h2>\n',
         paragraph(finding(results)),
         paragraph(comparability(results)),
-        f'<figure id="chart-accuracy"><img alt="Accuracy of each experiment" src="data:image/svg+xml;base64,{picture}">',
+        '<figure id="chart-accuracy">'
+        f'<img alt="Accuracy of each experiment" src="data:image/svg+xml;base64,{picture}">'
         "<figcaption>Share of test questions that are right, with its 95 % interval.</figcaption></figure>\n",
         '</section>\n<section id="results">\n<h2>The experiments</h2>\n',
         table(tables.result_rows(results), "Test questions that are right"),
         listing(tables.notes(results)),
         '</section>\n<section id="files">\n<h2>In this crate</h2>\n',
-        _entries(config, {file.name for file in files}),
+        _entries(publication.config, {file.name for file in files}),
         folded(f"All {len(files)} files", table(_file_rows(files), "Files, by SHA-256")),
         '</section>\n<section id="runs">\n<h2>How it was made</h2>\n',
-        table(_run_rows(records), "Runs, in the order in which they began"),
-        "<p>Checked again, on any machine with the package: <code>kd publish verify</code> and this crate's file.</p>\n",
+        table(_run_rows(publication.records), "Runs, in the order in which they began"),
+        "<p><code>kd publish verify</code> checks it all again, on any machine with the package.</p>\n",
         "</section>\n</main>\n",
     ]
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class Reference(Part):
     """A work that the package builds on."""
 
     title: str
-    authors: list[Author] = []
-    identifiers: list[_Identifier] = []
+    authors: tuple[Author, ...] = ()
+    identifiers: tuple[_Identifier, ...] = ()
 
 
 class Citation(Part):
@@ -81,9 +82,21 @@ class Citation(Part):
     title: str
     license: str
     authors: list[Author] = Field(min_length=1)
-    references: list[Reference] = []
+    references: tuple[Reference, ...] = ()
     repository: str | None = Field(default=None, alias="repository-code")
     url: str | None = None
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A profile's results, results.json and what its records say, with who made the package; `date` is when the results
+    were complete."""
+
+    config: Config
+    results: dict[str, Any]
+    citation: Citation
+    records: list[Record]
+    date: datetime
 
 
 def read_records(config: Config, stages: Iterable[Stage]) -> list[Record]:

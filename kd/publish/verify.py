@@ -74,6 +74,8 @@ def _members(file: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         mode = info.external_attr >> 16
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
             raise UserError(f"{file}: {info.filename} is a link or a device, which no crate has; trust nothing of it")
+        if info.header_offset < 0:  # zipfile would seek there
+            raise UserError(f"{file}: {info.filename} is damaged (it begins before the zip does); {AGAIN}")
         if info.compress_type not in METHODS or info.flag_bits & ENCRYPTED:
             raise UserError(f"{file}: {info.filename} is packed in a way that no crate is; {AGAIN}")
     members = {info.filename: info for info in infos}
