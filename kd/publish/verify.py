@@ -173,7 +173,9 @@ def _check_table(file: Path, work: Path) -> tuple[str, int]:
     try:
         with chdir(work):
             config = load_config(Path(PARAMS))
-            results = agreed_results(config, f"the crate says so itself, or was made with another kd; {AGAIN}")
+            results = agreed_results(
+                config, "they were changed before they were packed, or another version of kd counted them"
+            )
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return config.profile, len(results["experiments"])

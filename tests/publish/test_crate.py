@@ -280,6 +280,17 @@ def test_captures_come_along_when_asked_for_and_without_the_teachers_head(
     assert names(Path("with.zip")) - names(Path("without.zip")) == stores
 
 
+@pytest.mark.usefixtures("checkout")
+def test_large_crates_show_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("crate", "verify"):
+        monkeypatch.setattr(f"kd.publish.{module}.SHOWN_BYTES", 0)
+    for command in ("crate", "verify"):
+        assert main(["publish", command, str(CRATE)]) == 0
+        assert f"{command}: 100%" in capsys.readouterr().err
+
+
 def test_a_crate_holds_anywhere(crate: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["publish", "verify", str(crate)]) == 0
     out, err = capsys.readouterr()
@@ -348,10 +359,13 @@ def test_results_that_the_logs_do_not_come_to_are_refused(crate: Path, capsys: p
     changed = rewritten(crate, described_anew(crate, results, json.dumps(document).encode()))
     said = refused(capsys, "verify", str(changed))
     assert f"{results}: experiments.base-kd.runs.0.correct: not what the logs and params come to" in said
-    changed = rewritten(crate, described_anew(crate, LOG, log.replace(b"99", b"2")))
-    assert f"{results}: control" not in refused(capsys, "verify", str(changed))
+    changed = rewritten(crate, described_anew(crate, LOG, log.replace(b"99", b"6")))
+    assert f"{results}: experiments.base-kd.accuracy: not what" in refused(capsys, "verify", str(changed))
     changed = rewritten(crate, described_anew(crate, LOG, b"question\n"))
     assert f"changed.zip: {LOG}" in refused(capsys, "verify", str(changed))
+    check = "artifacts/mini/adapters/base-kd-1/check.json"
+    changed = rewritten(crate, described_anew(crate, check, b"[]"))
+    assert "changed.zip: artifacts/mini: check.base-kd-1: expected a mapping" in refused(capsys, "verify", str(changed))
 
 
 def link(name: str) -> ZipInfo:
