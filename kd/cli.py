@@ -61,8 +61,9 @@ Beside them:
   kd search teacher-kd       alpha and T by Bayesian search
   kd measure teacher-kd      how well it predicts the test answers, and how far it is from its teacher
   kd store inspect PATH      what a teacher store holds, every file verified
-  kd study run FOLDER        a study, many runs over conditions and seeds, on this machine or a Dask cluster
+  kd publish crate FILE      the results as one zip for an archive; `kd publish verify FILE` checks it anywhere
   kd publish hub OWNER/NAME  adapters and results for the Hugging Face Hub; first a list of what would go
+  kd study run FOLDER        a study, many runs over conditions and seeds, on this machine or a Dask cluster
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
 """
@@ -347,9 +348,26 @@ def _add_students(commands: Any) -> None:
 
 
 def _add_publish(commands: Any) -> None:
-    publish = commands.add_parser("publish", help="results that others can cite, load and check").add_subparsers(
+    text = "results that others can cite, load and check"
+    publish = commands.add_parser("publish", help=text, description=text).add_subparsers(
         metavar="COMMAND", required=True
     )
+    _add_crate(publish)
+    _add_hub(publish)
+
+
+def _add_crate(publish: Any) -> None:
+    text = "pack the profile's results into one zip for an archive, described as a Workflow Run RO-Crate"
+    make = _add_configured(publish, "crate", _publish_crate, text)
+    make.add_argument("file", metavar="FILE", type=Path, help="the zip to write, such as kd-mini.zip")
+    make.add_argument("--with-stores", action="store_true", help="the teacher's captures too, which may be large")
+    text = "check a crate: its checksums, and its table, computed again from its logs"
+    check = publish.add_parser("verify", help=text, description=text)
+    check.add_argument("file", metavar="FILE", type=Path, help="a zip that `kd publish crate` made")
+    check.set_defaults(run=_publish_verify)
+
+
+def _add_hub(publish: Any) -> None:
     text = "list what would go to the Hugging Face Hub: adapters and results, with cards; --upload sends it"
     sub = _add_configured(publish, "hub", _publish_hub, text)
     sub.add_argument("repository", metavar="REPOSITORY", help="OWNER/NAME of the results; adapters: OWNER/NAME-<run>")
@@ -669,6 +687,18 @@ def _study_tables(options: argparse.Namespace) -> None:
 
     results = read_published(options.folder)
     _print(_json(results["summary"]) if options.json else text(results))
+
+
+def _publish_crate(config: Config, options: argparse.Namespace) -> None:
+    from kd.publish.crate import make_crate
+
+    _print(make_crate(config, options.params, options.file, stores=options.with_stores))
+
+
+def _publish_verify(options: argparse.Namespace) -> None:
+    from kd.publish.verify import verify
+
+    _print(verify(options.file))
 
 
 def _publish_hub(config: Config, options: argparse.Namespace) -> None:

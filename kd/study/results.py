@@ -209,7 +209,7 @@ def check_study(results: dict[str, Any], path: Path) -> None:
         there.add(which)
     if len(results["runs"]) > results["planned"]:
         raise UserError(f"{path}: planned: {results['planned']}, but there are more runs; {AGAIN}")
-    wrong = next(_disagreements(results["summary"], summarise(results), "summary"), None)
+    wrong = next(disagreements(results["summary"], summarise(results), "summary"), None)
     if wrong:
         raise UserError(f"{path}: {wrong}: not what the runs come to; {AGAIN}")
 
@@ -230,17 +230,17 @@ def _check_counts(run: Mapping[str, Any], questions: int, where: str) -> None:
         raise UserError(f"{where}: at_limit: more than the {questions} test questions; {AGAIN}")
 
 
-def _disagreements(kept: Any, computed: Any, key: str) -> Iterator[str]:
+def disagreements(kept: Any, computed: Any, key: str) -> Iterator[str]:
     """The keys under which `kept` is not what was computed.
 
     Processors round exponentials and sums in the last place differently, so floats may differ by that.
     """
     if isinstance(computed, dict) and isinstance(kept, dict) and kept.keys() == computed.keys():
         for name in computed:
-            yield from _disagreements(kept[name], computed[name], f"{key}.{name}")
+            yield from disagreements(kept[name], computed[name], f"{key}.{name}")
     elif isinstance(computed, list) and isinstance(kept, list) and len(kept) == len(computed):
         for number, (one, other) in enumerate(zip(kept, computed, strict=True)):
-            yield from _disagreements(one, other, f"{key}.{number}")
+            yield from disagreements(one, other, f"{key}.{number}")
     elif isinstance(computed, float) and isinstance(kept, float | int):
         if not isclose(kept, computed, rel_tol=1e-9):
             yield key

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from zipfile import ZipFile
 
 import pytest
+from crates import PREVIEW, write_checkout
 from rows import prepare_tests
 from ruamel.yaml import YAML
 from written import response, word
@@ -398,3 +400,26 @@ def test_the_audits_page_is_small_and_quick(
     assert max(times.values()) < 100
     assert drawn < 60
     assert found.problems == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_crates_preview_shows_table_and_chart_by_itself(
+    opened: Callable[..., Any], width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkout(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["publish", "crate", "kd-mini.zip"]) == 0
+    with ZipFile("kd-mini.zip") as archive:
+        archive.extractall("unpacked")
+    found = opened(java_script_enabled=False, viewport={"width": width, "height": 900})
+    page = found.page
+    page.goto((tmp_path / "unpacked" / PREVIEW).as_uri())
+    expect(page.locator("#results tbody tr")).to_have_count(4)
+    chart = page.locator("#chart-accuracy img")
+    expect(chart).to_be_visible()
+    assert chart.evaluate("image => image.naturalWidth") > 300
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert [url for url in found.requests if not url.startswith("data:")] == [page.url]
+    assert found.problems == []
+    page.get_by_role("link", name="artifacts/mini/report/index.html").click()
+    expect(page.locator("#chart-loss svg")).to_be_visible()
