@@ -24,7 +24,7 @@ COUNTED = "as counted: documented rules, then by hand"
 COUNTED_RULES = "documented"
 # Math-Verify takes milliseconds a response and does not say where an answer stands.
 READERS = [rules for rules in RULE_SETS if rules != "math-verify"]
-PARAMS = ("profile", "seed", "dataset", "teacher", "prompts", "student", "distill", "adapters", "assess", "experiments")
+APART = {"needs", "search", "attention", "launcher"}  # params that shape none of the results
 LOSSES = "losses"  # the loss curve of each student, for DVC to plot whoever they are
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -152,7 +152,7 @@ def _results(results: dict[str, Any]) -> list[Section]:
 
 
 def _provenance(config: Config, results: dict[str, Any]) -> list[Section]:
-    params = [("Key", "Value"), *_flat(config.model_dump(include=set(PARAMS)))]
+    params = [("Key", "Value"), *_flat(config.model_dump(exclude=APART))]
     versions = [("Result", "Libraries"), *_made_with(results["versions"])]
     about = (
         "The same parameters give the same bytes on one machine, so the artifacts record no times and no hardware; "

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY
 from params import keep, run_of
 from rows import prepare_tests
+from ruamel.yaml import YAML
 
 from kd.cli import main
 from kd.config import Config, load_config
@@ -239,6 +241,15 @@ def test_a_student_that_collapsed_stays_in_the_table_and_is_marked(capsys: pytes
         assert "its training loss rose from 2 to 9; 6 of 6 responses ran into the limit" in text
     assert ">collapsed, 33.3%</text>" in page
     assert (REPORT / "losses/base-kd-1.tsv").read_text().splitlines()[:2] == ["step\tloss", "0\t2.0"]
+
+
+@pytest.mark.usefixtures("logs")
+def test_the_page_shows_the_params_that_make_it_again() -> None:
+    assert main(["report"]) == 0
+    page = (REPORT / "index.html").read_text()
+    stages = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for key in stages["report"]["params"]:
+        assert re.search(rf"<td[^>]*>{key}\b", page), key
 
 
 @pytest.mark.usefixtures("logs")
