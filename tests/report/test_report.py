@@ -249,7 +249,7 @@ def test_the_page_shows_the_params_that_make_it_again() -> None:
     page = (REPORT / "index.html").read_text()
     stages = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     for key in stages["report"]["params"]:
-        assert re.search(rf"<td[^>]*>{key}\b", page), key
+        assert re.search(rf"<th scope=row>{key}\b", page), key
 
 
 @pytest.mark.usefixtures("logs")
