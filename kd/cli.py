@@ -58,6 +58,7 @@ Beside them:
   kd search teacher-kd       alpha and T by Bayesian search
   kd measure teacher-kd      how well it predicts the test answers, and how far it is from its teacher
   kd store inspect PATH      what a teacher store holds, every file verified
+  kd publish samples FOLDER  the logs as lm-evaluation-harness's per-sample files
   kd study run FOLDER        a study, many runs over conditions and seeds, on this machine or a Dask cluster
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
@@ -114,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     _add_store(commands)
     _add_study(commands)
     _add_students(commands)
+    _add_publish(commands)
     return root
 
 
@@ -275,22 +277,26 @@ def _add_models(commands: Any) -> None:
 
 
 def _add_store(commands: Any) -> None:
-    store = commands.add_parser("store", help="look into a teacher store, or exchange it with the paper's notebooks")
+    store = commands.add_parser("store", help="look into a teacher store, or exchange it with other tools")
     commands = store.add_subparsers(metavar="COMMAND", required=True)
     text = "verify every file of a store and say what it holds"
     sub = commands.add_parser("inspect", help=text, description=text)
     sub.add_argument("path", metavar="PATH", type=Path, help="such as artifacts/mini/teacher/base")
     sub.add_argument("--json", action="store_true", help="print one JSON document")
     sub.set_defaults(run=_store_inspect)
-    text = "write a store's logits as the notebooks' one safetensors file"
+    text = "write a store's logits as the notebooks' one safetensors file, or the largest in DistillKit's format"
     sub = commands.add_parser("export", help=text, description=text)
     sub.add_argument("path", metavar="PATH", type=Path, help="such as artifacts/mini/teacher/base")
-    sub.add_argument("file", metavar="FILE", type=Path, help="the file to write")
+    sub.add_argument("file", metavar="FILE", type=Path, help="the file to write, or DistillKit's folder")
+    sub.add_argument("--format", choices=("notebooks", "distillkit"), default="notebooks", help="notebooks")
+    sub.add_argument("--top-k", metavar="N", type=_count, help="of DistillKit's format, logits of a token (128)")
     sub.set_defaults(run=_store_export)
-    sub = _add_configured(commands, "import", _store_import, "make a store of the notebooks' one safetensors file")
-    sub.add_argument("file", metavar="FILE", type=Path, help="the notebooks' file, keys `Question 1` and so on")
+    text = "make a store of the notebooks' one safetensors file, or of the hidden states that vLLM extracts"
+    sub = _add_configured(commands, "import", _store_import, text)
+    sub.add_argument("file", metavar="FILE", type=Path, help="the notebooks' file, or the folder of vLLM's files")
     sub.add_argument("path", metavar="PATH", type=Path, help="the store to make, such as artifacts/paper/teacher/base")
-    sub.add_argument("--prompt", metavar="NAME", required=True, help="the prompt that the file was captured with")
+    sub.add_argument("--prompt", metavar="NAME", required=True, help="the prompt that it was captured with")
+    sub.add_argument("--format", choices=("notebooks", "vllm"), default="notebooks", help="notebooks")
 
 
 def _add_study(commands: Any) -> None:
@@ -332,6 +338,19 @@ def _add_students(commands: Any) -> None:
         help="students at a time (as many as GPUs, or as cores and memory without any)",
     )
     sub.set_defaults(run=_students)
+
+
+def _add_publish(commands: Any) -> None:
+    publish = commands.add_parser("publish", help="results in the forms that others take").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    _add_samples(publish)
+
+
+def _add_samples(commands: Any) -> None:
+    text = "write every run's log as lm-evaluation-harness's per-sample files, with its results file"
+    sub = _add_configured(commands, "samples", _publish_samples, text)
+    sub.add_argument("folder", metavar="FOLDER", type=Path, help="where each run has a folder, as there each model has")
 
 
 def _insist_on_checkout(params: Path) -> None:
@@ -574,6 +593,13 @@ def _store_inspect(options: argparse.Namespace) -> None:
 
 
 def _store_export(options: argparse.Namespace) -> None:
+    if options.format == "distillkit":
+        from kd.teacher.distillkit import TOP_K, export_top_k
+
+        export_top_k(options.path, options.file, options.top_k or TOP_K)
+        return
+    if options.top_k:
+        raise UserError("--top-k: the notebooks' file has every logit; leave it out, or add --format distillkit")
     from kd.teacher.exchange import export_logits
 
     export_logits(options.path, options.file)
@@ -583,9 +609,21 @@ def _store_import(config: Config, options: argparse.Namespace) -> None:
     from kd.config import choose
 
     choose(options.prompt, config.prompts, "prompt", "prompts")
+    if options.format == "vllm":
+        from kd.teacher.vllm import import_states
+
+        import_states(config, options.file, options.path, options.prompt)
+        return
     from kd.teacher.exchange import import_logits
 
     import_logits(config, options.file, options.path, options.prompt)
+
+
+def _publish_samples(config: Config, options: argparse.Namespace) -> None:
+    from kd.publish.samples import write_samples
+
+    written = write_samples(config, options.folder)
+    print(f"{options.folder}: {len(written)} files of {len(config.experiments)} runs", file=sys.stderr)
 
 
 def _study_run(options: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ FLOORS = [
     "report",
     "inputs machine",
     "study audit",
+    "publish",
     "cli",
     "__main__",
 ]
