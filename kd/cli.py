@@ -291,6 +291,10 @@ def _add_store(commands: Any) -> None:
     sub.add_argument("--format", choices=("notebooks", "distillkit"), default="notebooks", help="notebooks")
     sub.add_argument("--top-k", metavar="N", type=_count, help="of DistillKit's format, logits of a token (128)")
     sub.set_defaults(run=_store_export)
+    text = "write what the teacher reads as token ids, JSON lines that are vLLM's prompts"
+    sub = _add_configured(commands, "tokens", _store_tokens, text)
+    sub.add_argument("file", metavar="FILE", type=Path, help="the file to write, such as base.jsonl")
+    sub.add_argument("--prompt", metavar="NAME", required=True, help="the prompt to read the questions behind")
     text = "make a store of the notebooks' one safetensors file, or of the hidden states that vLLM extracts"
     sub = _add_configured(commands, "import", _store_import, text)
     sub.add_argument("file", metavar="FILE", type=Path, help="the notebooks' file, or the folder of vLLM's files")
@@ -617,6 +621,15 @@ def _store_import(config: Config, options: argparse.Namespace) -> None:
     from kd.teacher.exchange import import_logits
 
     import_logits(config, options.file, options.path, options.prompt)
+
+
+def _store_tokens(config: Config, options: argparse.Namespace) -> None:
+    from kd.config import choose
+
+    choose(options.prompt, config.prompts, "prompt", "prompts")
+    from kd.teacher.vllm import write_tokens
+
+    write_tokens(config, options.file, options.prompt)
 
 
 def _publish_samples(config: Config, options: argparse.Namespace) -> None:

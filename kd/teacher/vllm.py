@@ -3,42 +3,55 @@ repository, and its ExampleHiddenStatesConnector): a safetensors file a request,
 `token_ids` [tokens] and `hidden_states` [tokens, layers, hidden] in the model's dtype.
 
 The last of the layers is taken; asked for as layer `num_hidden_layers`, it is the state before the final norm, which is
-what a store keeps. A file says neither which layers it has nor what model it is of. Its tokens are what it is known by.
+what a store keeps. A file says neither which layers it has nor what model it is of: it is known by its tokens, and how
+well the states predict those is said, for a person to judge.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd import fingerprint
 from kd.config import Config
 from kd.data.rows import read_examples
 from kd.errors import UserError
-from kd.io.files import whole_folder
+from kd.io.files import whole_folder, write_whole_file
 from kd.io.progress import progress
 from kd.models.load import load_tokenizer, model_folder
 from kd.protocol.reading import readings
-from kd.store.head import HEAD_FOLDER, read_head_manifest
+from kd.store.head import HEAD_FOLDER, read_head, read_head_manifest
 from kd.store.records import HeadManifest, Reading
 from kd.store.writer import StoreWriter
 from kd.teacher import backends
 from kd.teacher.capture import prompt_record, tokenization
 
+if TYPE_CHECKING:
+    import torch
+
+PROMPT = "prompt_token_ids"
 TOKENS, STATES = "token_ids", "hidden_states"
 SHOWN = 8  # tokens in a message
 
 
+def write_tokens(config: Config, file: Path, prompt: str) -> None:
+    """Write what the params' teacher reads behind `prompt` for each prepared training question, JSON lines that are
+    each a prompt as vLLM takes it: token ids, so that no tokenizer of its own comes between."""
+    _, wanted = _wanted(config, prompt)
+    write_whole_file(file, "".join(json.dumps({PROMPT: reading.token_ids}) + "\n" for reading in wanted))
+
+
 def import_states(config: Config, source: Path, folder: Path, prompt: str) -> None:
     """Make a store of kind `states` of the files in `source`, taken to be what the params' teacher has for `prompt` and
-    the prepared training questions; other files there are passed over.
+    the prepared training questions; other requests' files there are passed over.
 
     A UserError names the question whose tokens no file has, or the file that does not fit.
     """
-    tokenizer = load_tokenizer(model_folder(config.teacher.model))
-    examples = read_examples(config.artifacts / "data" / "train.jsonl")
-    wanted = readings(config.distill, config.prompts[prompt], tokenizer, examples)
+    tokenizer, wanted = _wanted(config, prompt)
     head = _head(config)
     files = _files_of(source, wanted)
     # vLLM's own version is not known.
@@ -52,6 +65,28 @@ def import_states(config: Config, source: Path, folder: Path, prompt: str) -> No
         for reading, file in pairs:
             writer.add(reading.example_id, reading.token_ids, _states(file, reading, head), reading.span)
         writer.finish(head.sha256)
+    found, guessed = _surprise(config, wanted[0], _states(files[0], wanted[0], head)), math.log(head.vocabulary_size)
+    print(
+        f"{folder}: by its states the tokens of {wanted[0].example_id} take {found:.2f} nats each, by a guess "
+        f"{guessed:.2f}; hardly less would mean that the last layer asked of vLLM was another than num_hidden_layers",
+        file=sys.stderr,
+    )
+
+
+def _surprise(config: Config, reading: Reading, states: torch.Tensor) -> float:
+    """The mean cross entropy of what is read by states [tokens, hidden], each row's of the next token."""
+    import torch
+
+    _, head = read_head(config.artifacts / "teacher" / HEAD_FOLDER)
+    tokens = torch.tensor(reading.token_ids[1:])
+    return float(torch.nn.functional.cross_entropy(head.logits(states[:-1].half()), tokens))
+
+
+def _wanted(config: Config, prompt: str) -> tuple[Any, list[Reading]]:
+    """The teacher's tokenizer, and what it reads."""
+    tokenizer = load_tokenizer(model_folder(config.teacher.model))
+    examples = read_examples(config.artifacts / "data" / "train.jsonl")
+    return tokenizer, readings(config.distill, config.prompts[prompt], tokenizer, examples)
 
 
 def _head(config: Config) -> HeadManifest:
@@ -71,7 +106,7 @@ def _files_of(source: Path, wanted: Sequence[Reading]) -> list[Path]:
             first = ", ".join(map(str, reading.token_ids[:SHOWN]))
             raise UserError(
                 f"{source}: no file has the {len(reading.token_ids)} tokens of {reading.example_id} ({first} …) as "
-                f"{TOKENS}; give vLLM token ids, as docs/store.md shows, and check prompt, protocol and tokenizer"
+                f"{TOKENS}; give vLLM those that `kd store tokens` writes, and all of them"
             )
     return [by_tokens[tuple(reading.token_ids)] for reading in wanted]
 
@@ -90,7 +125,7 @@ def _tokens(source: Path) -> Iterator[tuple[Path, list[int]]]:
         yield file, opened.get_tensor(TOKENS).flatten().tolist()
 
 
-def _states(file: Path, reading: Reading, head: HeadManifest) -> Any:
+def _states(file: Path, reading: Reading, head: HeadManifest) -> torch.Tensor:
     """The last layer's states [tokens, hidden]."""
     found = _open(file).get_slice(STATES)
     shape, tokens = found.get_shape(), len(reading.token_ids)
@@ -99,7 +134,7 @@ def _states(file: Path, reading: Reading, head: HeadManifest) -> Any:
             f"{file}: {STATES} are {shape} where the {tokens} tokens of {reading.example_id} and the teacher's head "
             f"need [{tokens}, layers, {head.hidden_size}]; extract them again from the params' teacher"
         )
-    states = found[:, shape[1] - 1]
+    states: torch.Tensor = found[:, shape[1] - 1]
     if not states.dtype.is_floating_point:
         raise UserError(f"{file}: {STATES} are {found.get_dtype()}, no floating point; extract them again")
     return states

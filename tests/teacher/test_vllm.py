@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def write(number: int, token_ids: list[int], states: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_vllms_states_make_a_store_as_a_capture_does(wanted: list[Reading], dtype: torch.dtype) -> None:
+def test_vllms_states_make_a_store_as_a_capture_does(
+    wanted: list[Reading], dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = backends.load(load_config(Path("params.yaml")).teacher, 200)
     states = {
         reading.example_id: state.to(dtype)
@@ -62,11 +65,18 @@ def test_vllms_states_make_a_store_as_a_capture_does(wanted: list[Reading], dtyp
         write(number, reading.token_ids, torch.stack([torch.randn_like(last), last], 1))
     save_file({"hidden_states": torch.ones(2, 1, 32), "token_ids": torch.tensor([1, 2])}, SOURCE / "other.safetensors")
     (SOURCE / "cmpl-0-0.safetensors.lock").touch()
+    assert main(["store", "tokens", "base.jsonl", "--prompt", "base"]) == 0
+    prompts = [json.loads(line) for line in Path("base.jsonl").read_text().splitlines()]
+    assert prompts == [{"prompt_token_ids": reading.token_ids} for reading in wanted]
+    capsys.readouterr()
     assert main(IMPORT) == 0
     imported = TeacherStore(STORE)
     assert (imported.manifest.kind, imported.manifest.model.versions) == ("states", {"vllm": "unknown"})
     for reading in wanted:
         assert torch.equal(imported.states(reading.example_id), states[reading.example_id][slice(*reading.span)].half())
+    logits = imported.head.logits(states["train-00001"].half())[:-1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(wanted[0].token_ids[1:]))
+    assert f"the tokens of train-00001 take {loss:.2f} nats each, by a guess 5.99" in capsys.readouterr().err
     if dtype == torch.float16:  # the backend's own states, so the store is that of a capture but for who made it
         shards = {name: data for name, data in contents(STORE).items() if name.suffix == ".safetensors"}
         assert main(["train", "base-kd"]) == 0
