@@ -23,6 +23,7 @@ from kd.io.progress import progress
 from kd.models.load import default_device
 from kd.store.reader import TeacherStore
 from kd.store.records import StoredExample
+from kd.teacher.exchange import refuse_other_folder
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,7 @@ def export_top_k(folder: Path, target: Path, k: int = TOP_K) -> None:
     Where the store has no row of a token, all probability is shared by k tokens alike: numbers that spoil nothing, and
     `labels` leave them out.
     """
-    if target.is_file():
-        raise UserError(f"{target}: is a file, where DistillKit's format is a folder; name another")
+    refuse_other_folder(target, SETTINGS, "an export for DistillKit")
     opened = TeacherStore(folder)
     if k > opened.vocabulary_size:
         raise UserError(f"--top-k {k}: the teacher's vocabulary has {opened.vocabulary_size} tokens; name no more")

@@ -14,21 +14,19 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kd import fingerprint
 from kd.config import Config
-from kd.data.rows import read_examples
 from kd.errors import UserError
 from kd.io.files import whole_folder, write_whole_file
 from kd.io.progress import progress
-from kd.models.load import load_tokenizer, model_folder
-from kd.protocol.reading import readings
 from kd.store.head import HEAD_FOLDER, read_head, read_head_manifest
-from kd.store.records import HeadManifest, Reading
+from kd.store.records import MANIFEST, HeadManifest, Reading
 from kd.store.writer import StoreWriter
 from kd.teacher import backends
 from kd.teacher.capture import prompt_record, tokenization
+from kd.teacher.exchange import open_tensors, refuse_other_folder, what_is_read
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +39,7 @@ SHOWN = 8  # tokens in a message
 def write_tokens(config: Config, file: Path, prompt: str) -> None:
     """Write what the params' teacher reads behind `prompt` for each prepared training question, JSON lines that are
     each a prompt as vLLM takes it: token ids, so that no tokenizer of its own comes between."""
-    _, wanted = _wanted(config, prompt)
+    _, wanted = what_is_read(config, prompt)
     write_whole_file(file, "".join(json.dumps({PROMPT: reading.token_ids}) + "\n" for reading in wanted))
 
 
@@ -51,7 +49,8 @@ def import_states(config: Config, source: Path, folder: Path, prompt: str) -> No
 
     A UserError names the question whose tokens no file has, or the file that does not fit.
     """
-    tokenizer, wanted = _wanted(config, prompt)
+    refuse_other_folder(folder, MANIFEST, "a store")
+    tokenizer, wanted = what_is_read(config, prompt)
     head = _head(config)
     files = _files_of(source, wanted)
     # vLLM's own version is not known.
@@ -80,13 +79,6 @@ def _surprise(config: Config, reading: Reading, states: torch.Tensor) -> float:
     _, head = read_head(config.artifacts / "teacher" / HEAD_FOLDER)
     tokens = torch.tensor(reading.token_ids[1:])
     return float(torch.nn.functional.cross_entropy(head.logits(states[:-1].half()), tokens))
-
-
-def _wanted(config: Config, prompt: str) -> tuple[Any, list[Reading]]:
-    """The teacher's tokenizer, and what it reads."""
-    tokenizer = load_tokenizer(model_folder(config.teacher.model))
-    examples = read_examples(config.artifacts / "data" / "train.jsonl")
-    return tokenizer, readings(config.distill, config.prompts[prompt], tokenizer, examples)
 
 
 def _head(config: Config) -> HeadManifest:
@@ -119,7 +111,7 @@ def _tokens(source: Path) -> Iterator[tuple[Path, list[int]]]:
     if not files:
         raise UserError(f"{source}: has no .safetensors file; name the `shared_storage_path` that vLLM wrote to")
     for file in progress(files, f"read tokens in {source.name}", "file"):
-        opened = _open(file)
+        opened = open_tensors(file)
         if missing := {TOKENS, STATES} - set(opened.keys()):
             raise UserError(f"{file}: has no {' and no '.join(sorted(missing))}; it is none of vLLM's hidden states")
         yield file, opened.get_tensor(TOKENS).flatten().tolist()
@@ -127,7 +119,7 @@ def _tokens(source: Path) -> Iterator[tuple[Path, list[int]]]:
 
 def _states(file: Path, reading: Reading, head: HeadManifest) -> torch.Tensor:
     """The last layer's states [tokens, hidden]."""
-    found = _open(file).get_slice(STATES)
+    found = open_tensors(file).get_slice(STATES)
     shape, tokens = found.get_shape(), len(reading.token_ids)
     if len(shape) != 3 or shape[0] != tokens or shape[1] == 0 or shape[2] != head.hidden_size:
         raise UserError(
@@ -138,12 +130,3 @@ def _states(file: Path, reading: Reading, head: HeadManifest) -> torch.Tensor:
     if not states.dtype.is_floating_point:
         raise UserError(f"{file}: {STATES} are {found.get_dtype()}, no floating point; extract them again")
     return states
-
-
-def _open(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, "pt")
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{file}: not a safetensors file ({error}); remove it, or extract it again") from None

@@ -100,7 +100,8 @@ def test_the_same_store_gives_the_same_bytes_and_what_does_not_fit_is_refused(
     capsys.readouterr()
     for arguments, message in (
         (["out", "--format", "distillkit", "--top-k", "5000"], "--top-k 5000: the teacher's vocabulary has 4"),
-        (["params.yaml", "--format", "distillkit"], "params.yaml: is a file, where DistillKit's format is a folder"),
+        (["params.yaml", "--format", "distillkit"], "params.yaml: is a file, where an export for"),
+        (["artifacts", "--format", "distillkit"], "artifacts: holds something else than an export for DistillKit"),
         (["file", "--top-k", "5"], "--top-k: the notebooks' file has every logit; leave it out"),
     ):
         assert main([*export, *arguments]) == 2

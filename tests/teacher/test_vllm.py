@@ -116,6 +116,8 @@ def test_files_that_do_not_fit_are_refused(
 ) -> None:
     spoil(SOURCE / "cmpl-3-0.safetensors")
     capsys.readouterr()
+    assert main([*IMPORT[:3], "artifacts", *IMPORT[4:]]) == 2
+    assert "artifacts: holds something else than a store, which would be gone" in capsys.readouterr().err
     assert main(IMPORT) == 2
     assert message in capsys.readouterr().err
     assert not STORE.exists()
