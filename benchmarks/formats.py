@@ -110,15 +110,24 @@ def exact_states(config: Config, store: TeacherStore) -> dict[str, torch.Tensor]
     return found
 
 
-def measure(config: Config, run: str, lesson: Lesson, store: TeacherStore) -> dict[str, dict[str, list[Error]]]:
+def probability_kept(head: TeacherHead, states: dict[str, torch.Tensor], temperature: float) -> dict[int, float]:
+    """How much of a row's probability the k largest have, by k."""
+    found: dict[int, list[torch.Tensor]] = {k: [] for k in LARGEST}
+    for rows in states.values():
+        falling = (head.logits(rows) / temperature).softmax(-1).topk(max(LARGEST)).values.cumsum(-1)
+        for k, kept in found.items():
+            kept.append(falling[:, k - 1])
+    return {k: float(torch.cat(kept).mean()) for k, kept in found.items()}
+
+
+def measure(
+    config: Config, run: str, lesson: Lesson, head: TeacherHead, states: dict[str, torch.Tensor]
+) -> dict[str, dict[str, list[Error]]]:
     """The errors of every example, by objective and format."""
     device = default_device()
-    states = exact_states(config, store)
     student = load_student(
         model_folder(config.student.model), config.student.dtype, adapter_folder(config, run), device
     )
-    head = store.head.to(device)
-    assert isinstance(head, TeacherHead)
     objectives = settings(config, head)
     errors: dict[str, dict[str, list[Error]]] = {
         name: {way: [] for way in objective.formats} for name, objective in objectives.items()
@@ -174,10 +183,13 @@ def main() -> None:
     config = load_config(Path("params.yaml"))
     lesson = prepare_lesson(config, config.adapters[run].prompt)
     store = lesson.store
-    assert store
-    assert isinstance(store.head, TeacherHead)
-    errors = measure(config, run, lesson, store)
-    ways = {way: one for objective in settings(config, store.head).values() for way, one in objective.formats.items()}
+    if store is None:
+        raise SystemExit(f"{run}: learned from no teacher; name one that did")
+    head = store.head.to(default_device())
+    assert isinstance(head, TeacherHead)
+    states = exact_states(config, store)
+    errors = measure(config, run, lesson, head, states)
+    ways = {way: one for objective in settings(config, head).values() for way, one in objective.formats.items()}
     here = (store.manifest.width, store.vocabulary_size)
     measured = {
         "run": run,
@@ -186,6 +198,9 @@ def main() -> None:
         "hidden_and_vocabulary": here,
         "bytes_per_token": {
             way: {"here": one.size(*here), "at the 405B": one.size(*PAPER)} for way, one in ways.items()
+        },
+        "probability_kept": {
+            f"T = {t:.4g}": probability_kept(head, states, t) for t in (config.distill.temperature, 1.0)
         },
         "errors": {name: {way: summary(one) for way, one in by_way.items()} for name, by_way in errors.items()},
     }

@@ -66,8 +66,8 @@ def import_states(config: Config, source: Path, folder: Path, prompt: str) -> No
         writer.finish(head.sha256)
     found, guessed = _surprise(config, wanted[0], _states(files[0], wanted[0], head)), math.log(head.vocabulary_size)
     print(
-        f"{folder}: by its states the tokens of {wanted[0].example_id} take {found:.2f} nats each, by a guess "
-        f"{guessed:.2f}; hardly less would mean that the last layer asked of vLLM was another than num_hidden_layers",
+        f"{folder}: by its states a token of {wanted[0].example_id} takes {found:.2f} nats, by a guess {guessed:.2f}; "
+        "near a guess or above it, the last layer asked of vLLM was another than num_hidden_layers",
         file=sys.stderr,
     )
 

@@ -76,7 +76,7 @@ def test_vllms_states_make_a_store_as_a_capture_does(
         assert torch.equal(imported.states(reading.example_id), states[reading.example_id][slice(*reading.span)].half())
     logits = imported.head.logits(states["train-00001"].half())[:-1]
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(wanted[0].token_ids[1:]))
-    assert f"the tokens of train-00001 take {loss:.2f} nats each, by a guess 5.99" in capsys.readouterr().err
+    assert f"a token of train-00001 takes {loss:.2f} nats, by a guess 5.99" in capsys.readouterr().err
     if dtype == torch.float16:  # the backend's own states, so the store is that of a capture but for who made it
         shards = {name: data for name, data in contents(STORE).items() if name.suffix == ".safetensors"}
         assert main(["train", "base-kd"]) == 0
