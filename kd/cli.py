@@ -63,6 +63,7 @@ Beside them:
   kd store inspect PATH      what a teacher store holds, every file verified
   kd publish crate FILE      the results as one zip for an archive; `kd publish verify FILE` checks it anywhere
   kd publish hub OWNER/NAME  adapters and results for the Hugging Face Hub; first a list of what would go
+  kd publish samples FOLDER  the logs as lm-evaluation-harness's per-sample files
   kd study run FOLDER        a study, many runs over conditions and seeds, on this machine or a Dask cluster
 
 Exit status: 0 done, 1 the work failed, 2 unusable input (the message says what, where and how to mend it).
@@ -288,22 +289,30 @@ def _add_models(commands: Any) -> None:
 
 
 def _add_store(commands: Any) -> None:
-    store = commands.add_parser("store", help="look into a teacher store, or exchange it with the paper's notebooks")
+    store = commands.add_parser("store", help="look into a teacher store, or exchange it with other tools")
     commands = store.add_subparsers(metavar="COMMAND", required=True)
     text = "verify every file of a store and say what it holds"
     sub = commands.add_parser("inspect", help=text, description=text)
     sub.add_argument("path", metavar="PATH", type=Path, help="such as artifacts/mini/teacher/base")
     sub.add_argument("--json", action="store_true", help="print one JSON document")
     sub.set_defaults(run=_store_inspect)
-    text = "write a store's logits as the notebooks' one safetensors file"
+    text = "write a store's logits as the notebooks' one safetensors file, or the largest in DistillKit's format"
     sub = commands.add_parser("export", help=text, description=text)
     sub.add_argument("path", metavar="PATH", type=Path, help="such as artifacts/mini/teacher/base")
-    sub.add_argument("file", metavar="FILE", type=Path, help="the file to write")
+    sub.add_argument("file", metavar="FILE", type=Path, help="the file to write, or DistillKit's folder")
+    sub.add_argument("--format", choices=("notebooks", "distillkit"), default="notebooks", help="notebooks")
+    sub.add_argument("--top-k", metavar="N", type=_count, help="of DistillKit's format, logits of a token (128)")
     sub.set_defaults(run=_store_export)
-    sub = _add_configured(commands, "import", _store_import, "make a store of the notebooks' one safetensors file")
-    sub.add_argument("file", metavar="FILE", type=Path, help="the notebooks' file, keys `Question 1` and so on")
+    text = "write what the teacher reads as token ids, JSON lines that are vLLM's prompts"
+    sub = _add_configured(commands, "tokens", _store_tokens, text)
+    sub.add_argument("file", metavar="FILE", type=Path, help="the file to write, such as base.jsonl")
+    sub.add_argument("--prompt", metavar="NAME", required=True, help="the prompt to read the questions behind")
+    text = "make a store of the notebooks' one safetensors file, or of the hidden states that vLLM extracts"
+    sub = _add_configured(commands, "import", _store_import, text)
+    sub.add_argument("file", metavar="FILE", type=Path, help="the notebooks' file, or the folder of vLLM's files")
     sub.add_argument("path", metavar="PATH", type=Path, help="the store to make, such as artifacts/paper/teacher/base")
-    sub.add_argument("--prompt", metavar="NAME", required=True, help="the prompt that the file was captured with")
+    sub.add_argument("--prompt", metavar="NAME", required=True, help="the prompt that it was captured with")
+    sub.add_argument("--format", choices=("notebooks", "vllm"), default="notebooks", help="notebooks")
 
 
 def _add_study(commands: Any) -> None:
@@ -354,6 +363,7 @@ def _add_publish(commands: Any) -> None:
     )
     _add_crate(publish)
     _add_hub(publish)
+    _add_samples(publish)
 
 
 def _add_crate(publish: Any) -> None:
@@ -373,6 +383,12 @@ def _add_hub(publish: Any) -> None:
     sub.add_argument("repository", metavar="REPOSITORY", help="OWNER/NAME of the results; adapters: OWNER/NAME-<run>")
     sub.add_argument("--upload", action="store_true", help="send what the Hub has not, with the token in HF_TOKEN")
     sub.add_argument("--base-model", metavar="OWNER/NAME", help="what the Hub calls a student from a folder")
+
+
+def _add_samples(publish: Any) -> None:
+    text = "write every run's log as lm-evaluation-harness's per-sample files, with its results file"
+    sub = _add_configured(publish, "samples", _publish_samples, text)
+    sub.add_argument("folder", metavar="FOLDER", type=Path, help="where each run has a folder, as there each model has")
 
 
 def _insist_on_checkout(params: Path) -> None:
@@ -636,6 +652,13 @@ def _store_inspect(options: argparse.Namespace) -> None:
 
 
 def _store_export(options: argparse.Namespace) -> None:
+    if options.format == "distillkit":
+        from kd.teacher.distillkit import TOP_K, export_top_k
+
+        export_top_k(options.path, options.file, options.top_k or TOP_K)
+        return
+    if options.top_k:
+        raise UserError("--top-k: the notebooks' file has every logit; leave it out, or add --format distillkit")
     from kd.teacher.exchange import export_logits
 
     export_logits(options.path, options.file)
@@ -645,9 +668,30 @@ def _store_import(config: Config, options: argparse.Namespace) -> None:
     from kd.config import choose
 
     choose(options.prompt, config.prompts, "prompt", "prompts")
+    if options.format == "vllm":
+        from kd.teacher.vllm import import_states
+
+        import_states(config, options.file, options.path, options.prompt)
+        return
     from kd.teacher.exchange import import_logits
 
     import_logits(config, options.file, options.path, options.prompt)
+
+
+def _store_tokens(config: Config, options: argparse.Namespace) -> None:
+    from kd.config import choose
+
+    choose(options.prompt, config.prompts, "prompt", "prompts")
+    from kd.teacher.vllm import write_tokens
+
+    write_tokens(config, options.file, options.prompt)
+
+
+def _publish_samples(config: Config, options: argparse.Namespace) -> None:
+    from kd.publish.samples import write_samples
+
+    written = write_samples(config, options.folder)
+    print(f"{options.folder}: {len(written)} files of {len(config.experiments)} runs", file=sys.stderr)
 
 
 def _study_run(options: argparse.Namespace) -> int:

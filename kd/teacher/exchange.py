@@ -19,7 +19,7 @@ from kd.io.text import refuse_folder
 from kd.models.load import default_device, load_tokenizer, model_folder
 from kd.protocol.reading import readings
 from kd.store.reader import TeacherStore
-from kd.store.records import Reading
+from kd.store.records import MANIFEST, Reading
 from kd.store.tensors import write_tensors
 from kd.store.writer import StoreWriter
 from kd.teacher import backends
@@ -46,10 +46,9 @@ def import_logits(config: Config, file: Path, folder: Path, prompt: str) -> None
     """Make a store of kind `logits` of the notebooks' `file`, taken to be what the params' teacher said behind `prompt`
     to the prepared training questions; a UserError names the question that does not fit."""
     refuse_folder(file)
-    tokenizer = load_tokenizer(model_folder(config.teacher.model))
-    examples = read_examples(config.artifacts / "data" / "train.jsonl")
-    wanted = readings(config.distill, config.prompts[prompt], tokenizer, examples)
-    tensors = _open(file)
+    refuse_other_folder(folder, MANIFEST, "a store")
+    tokenizer, wanted = what_is_read(config, prompt)
+    tensors = open_tensors(file)
     if len(tensors.keys()) != len(wanted):
         raise UserError(f"{file}: holds {len(tensors.keys())} tensors where the data has {len(wanted)} questions")
     # The libraries that computed the file are not known.
@@ -64,13 +63,29 @@ def import_logits(config: Config, file: Path, folder: Path, prompt: str) -> None
         writer.finish(head_sha256=None)
 
 
-def _open(file: Path) -> Any:
+def what_is_read(config: Config, prompt: str) -> tuple[Any, list[Reading]]:
+    """The teacher's tokenizer, and what the teacher reads behind `prompt` for each prepared training question."""
+    tokenizer = load_tokenizer(model_folder(config.teacher.model))
+    examples = read_examples(config.artifacts / "data" / "train.jsonl")
+    return tokenizer, readings(config.distill, config.prompts[prompt], tokenizer, examples)
+
+
+def refuse_other_folder(target: Path, file: str, what: str) -> None:
+    """Refuse to replace what lies at `target`, unless that is an earlier folder of the kind, by a `file` in it."""
+    if target.is_dir() and any(target.iterdir()) and not (target / file).exists():
+        raise UserError(f"{target}: holds something else than {what}, which would be gone; name another folder")
+    if target.is_file():
+        raise UserError(f"{target}: is a file, where {what} is a folder; name another")
+
+
+def open_tensors(file: Path) -> Any:
+    """A safetensors file, opened; a UserError where it is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(file, "pt")
     except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{file}: not a safetensors file ({error})") from None
+        raise UserError(f"{file}: not a safetensors file ({error}); make it again") from None
 
 
 def _logits(file: Path, tensors: Any, name: str, reading: Reading) -> Any:
