@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,9 +16,11 @@ import optuna
 import pytest
 from commands import unfinished
 from conftest import REPOSITORY
+from forked import begin, status
 from ruamel.yaml import YAML
 
 from kd.cli import main
+from kd.distill import search
 from kd.scoring.collapse import loss_ends
 
 FOLDER = Path("artifacts/mini/search/teacher-kd")
@@ -99,45 +101,29 @@ def test_a_range_of_learning_rates_is_searched_by_its_logarithm(
     assert best["learning_rate"] == (min(rates) if near else rates[0])
 
 
-# Two processes that are at `kd search` together: neither ends its first trial before the other has begun one. Forked,
-# so that the libraries are imported once. What each says is in a file of its own.
-TOGETHER = """if True:
-    import os, time
-    import peft, optuna.visualization.matplotlib
-    from kd.cli import main
-    from kd.distill import search
-
+def in_company() -> None:
+    """Let neither of two processes end its first trial before the other has begun one."""
     evaluate = search.evaluate
 
-    def evaluate_in_company(*arguments):
-        os.close(os.open(f"began-{os.getpid()}", os.O_CREAT))
-        while sum(name.startswith("began-") for name in os.listdir()) < 2:
+    def evaluate_in_company(*arguments: Any) -> Any:
+        Path(f"began-{os.getpid()}").touch()
+        while len(list(Path().glob("began-*"))) < 2:
             time.sleep(0.01)
         return evaluate(*arguments)
 
-    search.evaluate = evaluate_in_company
-    children = []
-    for name in ("one", "other"):
-        child = os.fork()
-        if child == 0:
-            said = os.open(name, os.O_WRONLY | os.O_CREAT)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
-            os._exit(main(["search", "teacher-kd"]))
-        children.append(child)
-    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-"""
+    search.evaluate = evaluate_in_company  # type: ignore[assignment]
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_two_processes_at_once_share_a_study_and_leave_one_whole_result(
     ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
 ) -> None:
     ready["search"] |= {"trials": 8, "seeds": [1]}
     write_params(ready)
-    done = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True, timeout=300)
-    said = [Path(name).read_text() for name in ("one", "other")]
-    assert done.stdout == "[0, 0]\n", (done.stderr, said)
-    assert all("trial " in text for text in said)  # both took part
+    said = [Path(name) for name in ("one", "other")]
+    processes = [begin("search", "teacher-kd", said=path, first=in_company) for path in said]
+    assert [status(process) for process in processes] == [0, 0], [path.read_text() for path in said]
+    assert all("trial " in path.read_text() for path in said)  # both took part
     ended = trials(COMPLETE, PRUNED)
     assert 8 <= len(ended) <= 10
     assert len({trial.number for trial in ended}) == len(ended)
