@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any, get_args
@@ -26,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kd.cli import main
 from kd.config import Projection
 from kd.data.rows import read_examples
-from kd.distill import checkpoint, train
 from kd.models.adapters import load_student
 from kd.paper import PROMPTS
 
@@ -211,9 +211,11 @@ def test_unknown_experiment_exits_2(
     assert "no-distillation: unknown student, expected one of fine-tuning, base-kd" in capsys.readouterr().err
 
 
-def at(owner: Any, name: str, call: int, happens: Callable[[], object]) -> None:
-    """Let something happen at the beginning of the so-manieth call of a function."""
-    original, calls = getattr(owner, name), count(1)
+def at(place: str, call: int, happens: Callable[[], object]) -> None:
+    """Let something happen at the beginning of the so-manieth call of a module's function."""
+    module, _, name = place.rpartition(".")
+    owner, calls = import_module(module), count(1)
+    original = getattr(owner, name)
 
     def counted(*arguments: Any, **named: Any) -> Any:
         if next(calls) == call:
@@ -237,29 +239,25 @@ def fill_the_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
-UPDATE, KEEPS, CHECKPOINT, SAVES = (
-    (train, "Record"),
-    (checkpoint, "write_json"),
-    (checkpoint, "write_tensors"),
-    (train, "save_adapter"),
-)
+UPDATE, SAVES = "kd.distill.train.Record", "kd.distill.train.save_adapter"
+KEEPS, WRITES = "kd.distill.checkpoint.write_json", "kd.distill.checkpoint.write_tensors"
 # Runs one behind the other: what happens to each, its exit status, and what it says. They are killed between two
 # checkpoints, while the next is made, and when all updates are done.
 WORK = r"artifacts/mini/adapters/\.partial/teacher-kd-1/[0-9a-f]{16}"
 FULL = rf"kd: {WORK}\S*: File too large; make room on that disk; the same command goes on from {WORK}/checkpoints/0"
 KILLED = [
-    (partial(at, *UPDATE, 8, die), -signal.SIGKILL, ""),
-    (partial(at, *KEEPS, 1, die), -signal.SIGKILL, ""),
-    (partial(at, *SAVES, 1, die), -signal.SIGKILL, ""),
+    (partial(at, UPDATE, 8, die), -signal.SIGKILL, ".*"),
+    (partial(at, KEEPS, 1, die), -signal.SIGKILL, ".*"),
+    (partial(at, SAVES, 1, die), -signal.SIGKILL, ".*"),
 ]
 STOPPED = [
     (
-        partial(at, *UPDATE, 8, terminate),
+        partial(at, UPDATE, 8, terminate),
         143,
         rf"kd: terminated; the same command goes on from {WORK}/checkpoints/00000005\n",
     ),
-    (partial(at, *CHECKPOINT, 1, fill_the_disk), 1, rf"{FULL}0000005\n"),
-    (partial(at, *SAVES, 1, fill_the_disk), 1, rf"{FULL}0000024\n"),
+    (partial(at, WRITES, 1, fill_the_disk), 1, rf"{FULL}0000005\n"),
+    (partial(at, SAVES, 1, fill_the_disk), 1, rf"{FULL}0000024\n"),
 ]
 
 
