@@ -30,8 +30,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
-@pytest.fixture
-def tiny_params(tiny_llama: Path) -> dict[str, Any]:
+def make_tiny_params(tiny_llama: Path) -> dict[str, Any]:
     """profiles/mini.yaml with the tiny Llama on both sides, the paper's protocol and epochs and a handful of rows."""
     params: dict[str, Any] = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
     params["dataset"] |= {"answers": "socratic", "train_rows": 12, "test_rows": 6}
@@ -39,6 +38,12 @@ def tiny_params(tiny_llama: Path) -> dict[str, Any]:
     params["distill"] |= {"protocol": "published", "epochs": 2, "cosine_steps": 12, "dropouts": {}}
     params["assess"]["max_new_tokens"] = params["untrained"]["no-distillation"]["max_new_tokens"] = 6
     return params
+
+
+@pytest.fixture
+def tiny_params(tiny_llama: Path) -> dict[str, Any]:
+    """The params of `make_tiny_params`, to be changed."""
+    return make_tiny_params(tiny_llama)
 
 
 @pytest.fixture(scope="session")
