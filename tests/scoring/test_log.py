@@ -76,14 +76,15 @@ def save(name: str, rows: Rows, delimiter: str = ",", encoding: str = "utf-8-sig
 def reported() -> dict[str, Any]:
     """The results that `kd report` writes, without its charts and its page."""
     config = load_config(Path("params.yaml"))
-    return collect(config, read_runs(config))
+    document: dict[str, Any] = json.loads(json.dumps(collect(config, read_runs(config))))
+    return document
 
 
 def written(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
     """The results that `kd report` prints, which are those, and its page."""
     assert main(["report", "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert document == json.loads(json.dumps(reported()))
+    assert document == reported()
     return document, Path("artifacts/mini/report/index.html").read_text()
 
 
