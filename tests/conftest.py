@@ -20,9 +20,17 @@ from kd.audit.logs import SHA256, is_published
 REPOSITORY = Path(__file__).parent.parent
 
 
+# What takes more than ten seconds, the longest first.
+LONG = (
+    "test_pipeline.py test_engine.py test_rehearse_forecast.py test_search.py test_fingerprint.py test_checkouts.py "
+    "test_seeds.py test_train.py test_two_at_once.py test_resume.py test_advice.py"
+).split()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file goes first: were it the last, one process would be at it alone."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The longest files go first: were one the last, one process would be at it alone."""
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session")
