@@ -190,7 +190,7 @@ CHANGES = [other_weights, other_data, other_params, other_libraries, other_code,
 def long(params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The params with more rows, of which an assessment answers few at a time."""
     params["assess"]["batch_tokens"] = 400
-    params["dataset"] |= {"train_rows": 40, "test_rows": 30}
+    params["dataset"] |= {"train_rows": 24, "test_rows": 12}
     params["distill"]["epochs"] = 1
     write_params(params)
     return params
