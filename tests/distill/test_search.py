@@ -28,7 +28,7 @@ COMPLETE, PRUNED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRU
 
 
 @pytest.fixture
-def ready(
+def drawn(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> dict[str, Any]:
     """A working folder in which everything up to a search of two trials is done; its params."""
@@ -40,8 +40,15 @@ def ready(
     return tiny_params
 
 
+@pytest.fixture
+def ready(drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The same for a search whose plots, which take a second, are not drawn."""
+    monkeypatch.setattr(search, "_plots", lambda *_: None)
+    return drawn
+
+
 def test_search_stops_at_its_trials_goes_on_when_more_are_asked_for_and_leaves_plots(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+    drawn: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["search", "teacher-kd", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)
@@ -51,14 +58,14 @@ def test_search_stops_at_its_trials_goes_on_when_more_are_asked_for_and_leaves_p
     assert 1 <= best["temperature"] <= 10
     for name in ("optimization_history", "slice", "contour", "edf"):
         assert (FOLDER / f"result/{name}.png").read_bytes().startswith(b"\x89PNG")
-    ready["search"]["trials"] = 3
-    write_params(ready)
+    drawn["search"]["trials"] = 3
+    write_params(drawn)
     assert main(["search", "teacher-kd", "--json"]) == 0
     more = json.loads(capsys.readouterr().out)
     assert more["trials"] == 3
     assert more["cross_entropy"] <= best["cross_entropy"]
-    ready["search"] |= {"trials": 1, "seeds": [1]}  # trials of two seeds are others
-    write_params(ready)
+    drawn["search"] |= {"trials": 1, "seeds": [1]}  # trials of two seeds are others
+    write_params(drawn)
     assert main(["search", "teacher-kd", "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
     assert (one["trials"], list(one["seeds"])) == (1, ["1"])
@@ -80,10 +87,10 @@ def trials(*states: optuna.trial.TrialState) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_a_range_of_learning_rates_is_searched_by_its_logarithm(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+    drawn: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ready["search"] |= {"alpha": [0.5, 0.5], "temperature": [2.0, 2.0], "learning_rate": [1e-3, 0.05]}
-    write_params(ready)
+    drawn["search"] |= {"alpha": [0.5, 0.5], "temperature": [2.0, 2.0], "learning_rate": [1e-3, 0.05]}
+    write_params(drawn)
     assert main(["search", "teacher-kd", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)
     assert list(best)[:4] == ["alpha", "temperature", "learning_rate", "cross_entropy"]
@@ -116,10 +123,10 @@ def in_company() -> None:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_two_processes_at_once_share_a_study_and_leave_one_whole_result(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+    drawn: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
 ) -> None:
-    ready["search"] |= {"trials": 8, "seeds": [1]}
-    write_params(ready)
+    drawn["search"] |= {"trials": 8, "seeds": [1]}
+    write_params(drawn)
     said = [Path(name) for name in ("one", "other")]
     processes = [begin("search", "teacher-kd", said=path, first=in_company) for path in said]
     assert [status(process) for process in processes] == [0, 0], [path.read_text() for path in said]
@@ -209,14 +216,14 @@ TOO_HIGH = {"alpha": [0.5, 1.0], "learning_rate": [1e-2, 1e3]}
 
 
 def test_a_range_that_reaches_far_too_high_is_survived_and_what_is_printed_can_be_pasted(
-    ready: dict[str, Any],
+    drawn: dict[str, Any],
     write_params: Callable[[dict[str, Any]], None],
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    ready["distill"]["protocol"] = "aligned"
-    ready["search"] |= TOO_HIGH | {"trials": 14, "seeds": [1, 2, 3]}
-    write_params(ready)
+    drawn["distill"]["protocol"] = "aligned"
+    drawn["search"] |= TOO_HIGH | {"trials": 14, "seeds": [1, 2, 3]}
+    write_params(drawn)
     assert main(["teacher", "teacher"]) == 0
     capsys.readouterr()
     assert main(["search", "teacher-kd"]) == 0
@@ -233,8 +240,8 @@ def test_a_range_that_reaches_far_too_high_is_survived_and_what_is_printed_can_b
     assert max(best["seeds"].values()) == best["cross_entropy"] < best["untrained"]
     found = YAML(typ="safe").load(printed)
     searched = {name: best[name] for name in ("alpha", "temperature", "learning_rate")}
-    assert found["distill"] == found["distill"] | ready["distill"] | searched
-    for losses in trained(ready | found, write_params, capsys):
+    assert found["distill"] == found["distill"] | drawn["distill"] | searched
+    for losses in trained(drawn | found, write_params, capsys):
         assert not loss_ends(losses)["rose"]
         assert fmean(losses[12:]) < fmean(losses[:12])  # the second epoch, the first
 
