@@ -20,9 +20,17 @@ from kd.audit.logs import SHA256, is_published
 REPOSITORY = Path(__file__).parent.parent
 
 
+# What takes more than ten seconds, the longest first.
+LONG = (
+    "test_pipeline.py test_engine.py test_rehearse_forecast.py test_search.py test_fingerprint.py test_checkouts.py "
+    "test_seeds.py test_train.py test_two_at_once.py test_resume.py test_advice.py"
+).split()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file goes first: were it the last, one process would be at it alone."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The longest files go first: were one the last, one process would be at it alone."""
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +38,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
-@pytest.fixture
-def tiny_params(tiny_llama: Path) -> dict[str, Any]:
+def make_tiny_params(tiny_llama: Path) -> dict[str, Any]:
     """profiles/mini.yaml with the tiny Llama on both sides, the paper's protocol and epochs and a handful of rows."""
     params: dict[str, Any] = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
     params["dataset"] |= {"answers": "socratic", "train_rows": 12, "test_rows": 6}
@@ -39,6 +46,12 @@ def tiny_params(tiny_llama: Path) -> dict[str, Any]:
     params["distill"] |= {"protocol": "published", "epochs": 2, "cosine_steps": 12, "dropouts": {}}
     params["assess"]["max_new_tokens"] = params["untrained"]["no-distillation"]["max_new_tokens"] = 6
     return params
+
+
+@pytest.fixture
+def tiny_params(tiny_llama: Path) -> dict[str, Any]:
+    """The params of `make_tiny_params`, to be changed."""
+    return make_tiny_params(tiny_llama)
 
 
 @pytest.fixture(scope="session")

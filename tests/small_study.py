@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from conftest import REPOSITORY
+from forked import SAID, begin, status
 from ruamel.yaml import YAML
 
 PRIMING = REPOSITORY / "studies" / "priming" / "study.yaml"
@@ -47,14 +46,14 @@ def write_study(folder: Path, study: dict[str, Any]) -> None:
     YAML().dump(study, folder / "study.yaml")
 
 
-def kd_study(*arguments: str) -> subprocess.Popen[str]:
-    """`kd study`, on the CPU: what is tested is the engine, which starts many processes."""
-    command = [sys.executable, "-m", "kd", "study", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+def kd_study(command: str, folder: Path, *options: str) -> BaseProcess:
+    """`kd study`, begun, on the CPU: what is tested is the engine, which starts many processes. What it says is
+    added to a file in the study's folder."""
+    variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return begin("study", command, str(folder), *options, said=folder / SAID, **variables)
 
 
-def run_to_end(*arguments: str) -> tuple[int, str]:
-    process = kd_study(*arguments)
-    _, said = process.communicate(timeout=300)
-    return process.returncode, said
+def run_to_end(command: str, folder: Path, *options: str) -> tuple[int, str]:
+    """The exit status of `kd study` and what it said."""
+    ended = status(kd_study(command, folder, *options), 300)
+    return ended, (folder / SAID).read_text()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, environment
+from forked import SAID, begin, status
 from params import keep
 from ruamel.yaml import YAML
 
@@ -316,15 +317,16 @@ def test_a_tilde_in_the_caches_name_is_the_home_folder(monkeypatch: pytest.Monke
 
 
 STAGES = ("inputs", "prepare", "head", "teacher base", "train base-kd", "assess base-kd", "statistics", "report")
-CHAIN = """\
-import sys
-from kd.cli import main
-sys.exit(next((code for stage in sys.argv[1:] if (code := main(stage.split()))), 0))
-"""
 
 
+def hold_few_files_for_nobody_else() -> None:
+    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_the_chain_of_stages_runs_under_odd_names_masks_and_limits(
-    tiny_params: dict[str, Any], tiny_llama: Path, tmp_path: Path
+    tiny_params: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "Für Änne, neu & schön"
     shutil.copytree(tiny_llama, folder / "ein Läma")
@@ -334,17 +336,11 @@ def test_the_chain_of_stages_runs_under_odd_names_masks_and_limits(
     YAML().dump(tiny_params, folder / "params.yaml")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", CHAIN, *STAGES],
-        cwd=folder,
-        env=environment() | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(scratch)},
-        umask=0o077,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "base-kd" in done.stdout
+    monkeypatch.chdir(folder)
+    for stage in STAGES:
+        process = begin(*stage.split(), first=hold_few_files_for_nobody_else, TMPDIR=str(scratch))
+        assert status(process) == 0, SAID.read_text()
+    assert "base-kd" in Path("artifacts/mini/report/results.md").read_text()
     made = [path for path in (folder / "artifacts").rglob("*") if path.is_file()]
     assert len(made) > 20
     assert all(path.stat().st_mode & 0o077 == 0 for path in made)

@@ -92,10 +92,10 @@ def test_every_stage_is_compared() -> None:
 
 @pytest.fixture
 def params(
-    tiny_params: dict[str, Any], tmp_path: Path, write_params: Callable[[dict[str, Any]], None]
+    tiny_params: dict[str, Any], tiny_llama: Path, tmp_path: Path, write_params: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """A working folder with data and a model of its own, in which everything is there but what is tested."""
-    make_tiny_llama(tmp_path / "llama")
+    shutil.copytree(tiny_llama, tmp_path / "llama")
     tiny_params["teacher"]["model"] = tiny_params["student"]["model"] = {"source": "folder", "path": "llama"}
     tiny_params["distill"]["checkpoint_every"] = 4
     write_params(tiny_params)
@@ -190,7 +190,7 @@ CHANGES = [other_weights, other_data, other_params, other_libraries, other_code,
 def long(params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The params with more rows, of which an assessment answers few at a time."""
     params["assess"]["batch_tokens"] = 400
-    params["dataset"] |= {"train_rows": 40, "test_rows": 30}
+    params["dataset"] |= {"train_rows": 24, "test_rows": 12}
     params["distill"]["epochs"] = 1
     write_params(params)
     return params

@@ -1,4 +1,8 @@
-"""The whole pipeline through real `dvc repro`, on a tiny random Llama, in a fresh clone's place."""
+"""The pipeline through real `dvc repro`, on a tiny random Llama, in a fresh clone's place.
+
+It is run whole once. What DVC makes of a change is seen where a stand-in does the work of every stage that loads a
+library for seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +22,54 @@ from conftest import REPOSITORY, environment
 from params import keep
 from ruamel.yaml import YAML
 
-STUDENTS = {"train", "assess", "assess-untrained", "statistics"}  # what `kd students` runs side by side
+MINI = "artifacts/mini"
 FILES = ("kd", "profiles", "reviews", "dvc.yaml", ".dvcignore", ".gitignore")
 
+# Read by every Python as it starts: for these stages it makes, at once, what only the stage's name and params change.
+STAND_IN = """
+import hashlib, os, signal, sys, time
+from pathlib import Path
 
-def on_cpu() -> dict[str, str]:
-    """The environment of the commands here, which are about DVC and start some forty processes: no GPU is visible."""
-    return environment() | {"CUDA_VISIBLE_DEVICES": ""}
+MAKES = {
+    "head": "teacher/head", "teacher": "teacher/{}", "statistics": "statistics.json", "train": "adapters/{}",
+    "assess": "logs/{}.csv", "report": "report", "attention": "attention",
+}
+if sys.orig_argv[1:3] == ["-m", "kd"] and sys.orig_argv[3] in MAKES:
+    stage = " ".join(sys.orig_argv[3:])
+    if stage == os.environ.get("SLOW"):
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        Path("slow").touch()
+        time.sleep(60)
+    if stage == os.environ.get("FAILS"):
+        print("no luck today", file=sys.stderr, flush=True)
+        os._exit(1)
+    made = Path("artifacts/mini", MAKES[sys.orig_argv[3]].format(*sys.orig_argv[4:]))
+    file = made if made.suffix else made / "made"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(hashlib.sha256(stage.encode() + Path("params.yaml").read_bytes()).hexdigest())
+    os._exit(0)
+"""
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, env=on_cpu(), capture_output=True, text=True)
+def begin(folder: Path, *command: str, **variables: str) -> subprocess.Popen[str]:
+    """A command in a clone, begun; on the CPU, for it is about DVC. Where the clone has a stand-in, that is used."""
+    path = f"{folder / 'stand-in'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    variables |= {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment() | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    process = begin(folder, *command, **variables)
+    output, said = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, output, said)
 
 
 def repro(folder: Path, *arguments: str) -> str:
@@ -41,6 +83,11 @@ def ran(said: str) -> set[str]:
     return {line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")}
 
 
+def changed(folder: Path) -> set[str]:
+    """The stages of which DVC says that something is changed."""
+    return set(json.loads(run(folder, "dvc", "status", "--json").stdout))
+
+
 def write_params(folder: Path, params: dict[str, Any]) -> None:
     with (folder / "params.yaml").open("w") as file:
         YAML().dump(params, file)
@@ -52,10 +99,8 @@ def outputs(folder: Path) -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """The project's files in a new Git and DVC repository, with the tiny Llama in params.yaml."""
-    folder = tmp_path_factory.mktemp("clone")
+def make_clone(folder: Path, llama: Path, *students: str) -> Path:
+    """The project's files in a new Git and DVC repository, with a Llama and these students in params.yaml."""
     for name in FILES:
         source = REPOSITORY / name
         if source.is_dir():
@@ -65,11 +110,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     shutil.copytree(REPOSITORY / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     params = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
     params["dataset"] |= {"train_rows": 8, "test_rows": 4}
-    shutil.copytree(tiny_llama, folder / "llama")
+    shutil.copytree(llama, folder / "llama")
     params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": "llama"}
-    params["distill"]["cosine_steps"] = 8
+    params["distill"] |= {"cosine_steps": 8, "dropouts": {}}
     params["assess"]["max_new_tokens"] = params["untrained"]["no-distillation"]["max_new_tokens"] = 4
-    keep(params, "no-distillation", "base-kd", "teacher-kd")
+    params["prompts"]["socratic"] = "Ask back. "
+    keep(params, *students)
     write_params(folder, params)
     for command in (
         ("git", "init", "--quiet"),
@@ -81,197 +127,190 @@ def clone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A clone with a student that has a teacher, of a prompt that no profile has, and an untrained one."""
+    return make_clone(tmp_path_factory.mktemp("clone"), tiny_llama, "no-distillation", "socratic-kd")
+
+
+@pytest.fixture(scope="module")
 def table(clone: Path) -> str:
     """What the whole pipeline prints; its results are in the clone from then on."""
     return repro(clone)
 
 
-def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path, table: str) -> None:
-    assert "teacher-kd" in table
-    results = json.loads((clone / "artifacts/mini/report/results.json").read_text())
-    assert len(results["experiments"]) == 3
-    assert all(result["rows"] == 4 for result in results["experiments"].values())
-    first = outputs(clone)
-    assert len(first) == 13  # inputs, data, head, 2 teachers, statistics, 2 adapters, 3 logs, report, attention
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A clone of three students, with a stand-in, in which everything is made, one stage after the other."""
+    folder = make_clone(tmp_path_factory.mktemp("made"), tiny_llama, "no-distillation", "base-kd", "teacher-kd")
+    (folder / "stand-in").mkdir()
+    (folder / "stand-in/sitecustomize.py").write_text(STAND_IN)
+    repro(folder)
+    return folder
 
-    assert ran(repro(clone)) == {"inputs"}
+
+def test_the_pipeline_runs_whole_and_is_reproducible(clone: Path, table: str) -> None:
+    assert "socratic-kd" in table
+    results = json.loads((clone / MINI / "report/results.json").read_text())
+    assert {name: one["rows"] for name, one in results["experiments"].items()} == {
+        "no-distillation": 4,
+        "socratic-kd": 4,
+    }
+    teacher = json.loads((clone / MINI / "teacher/socratic/manifest.json").read_text())
+    assert teacher["prompt"] == {"name": "socratic", "text": "Ask back. "}
+    assert "prompt of its teacher: Ask back." in (clone / MINI / "adapters/socratic-kd-1/README.md").read_text()
+    first = outputs(clone)
+    assert len(first) == 10  # inputs, data, head, teacher, statistics, adapter, 2 logs, report, attention
 
     shutil.rmtree(clone / "artifacts")
     assert ran(repro(clone)) == {"inputs"}
-    assert (clone / "artifacts/mini/report/accuracy.png").exists()
+    assert (clone / MINI / "report/accuracy.png").exists()
 
-    repro(clone, "--force", "--single-item", "teacher@teacher", "train@teacher-kd-1", "assess@teacher-kd-1", "report")
+    repro(clone, "--force", "--single-item", "report")  # others in two processes: the tests of the stages
     assert outputs(clone) == first
     assert not unfinished(clone / "artifacts")
 
 
+def kill_and_run_again(folder: Path, stage: str, target: Path, begun: Callable[[], bool], **variables: str) -> None:
+    """Kill a stage with its DVC once it is at work; it leaves no result, and DVC runs it again as if nothing were."""
+    expected = outputs(folder)
+    md5 = expected[target.relative_to(folder).as_posix()]
+    (folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()  # or DVC restores the result instead of running
+    process = begin(folder, "dvc", "repro", "--single-item", "--force", stage, **variables)
+    deadline = time.monotonic() + 60
+    while not begun() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert begun()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not target.exists()
+    assert ran(repro(folder, "--single-item", stage)) == {stage}
+    assert outputs(folder) == expected
+    assert not unfinished(folder / "artifacts")
+
+
+def test_a_killed_stage_leaves_no_result_and_runs_again(made: Path) -> None:
+    """What DVC makes of it; what a stage killed anywhere makes of it, its own tests and the next show."""
+    slow = made / "slow"
+    kill_and_run_again(made, "train@base-kd-1", made / MINI / "adapters/base-kd-1", slow.exists, SLOW="train base-kd-1")
+    slow.unlink()
+
+
+@pytest.mark.often
+@pytest.mark.parametrize(
+    ("stage", "makes"), [("train@socratic-kd-1", "adapters/socratic-kd-1"), ("teacher@socratic", "teacher/socratic")]
+)
 @pytest.mark.usefixtures("table")
-def test_a_change_reruns_only_what_it_reaches(clone: Path) -> None:
-    before = (clone / "params.yaml").read_text()
-    params = YAML(typ="safe").load(before)
-    params["prompts"]["teacher"] = "Teach me. "
-    write_params(clone, params)
+def test_a_killed_stage_that_loads_a_model_runs_again(clone: Path, stage: str, makes: str) -> None:
+    target = clone / MINI / makes
+    kill_and_run_again(clone, stage, target, (target.parent / ".partial" / target.name).exists)
+
+
+def test_a_change_reruns_only_what_it_reaches(made: Path) -> None:
+    first, params = outputs(made), (made / "params.yaml").read_text()
+    change = YAML(typ="safe").load(params)
+    change["prompts"]["teacher"] = "Teach me. "
+    write_params(made, change)
     teacher = {"teacher@teacher", "train@teacher-kd-1", "assess@teacher-kd-1"}
-    assert ran(repro(clone, "assess", "assess-untrained")) == {"inputs", *teacher}
-    assert {"statistics", "report", "attention"} <= set(json.loads(run(clone, "dvc", "status", "--json").stdout))
-    (clone / "params.yaml").write_text(before)
-    assert ran(repro(clone)) == {"inputs"}  # what was there before is remembered
+    assert ran(repro(made, "assess", "assess-untrained")) == {"inputs", *teacher}
+    assert {"statistics", "report", "attention"} <= changed(made)
+    (made / "params.yaml").write_text(params)
+    assert ran(repro(made)) == {"inputs"}  # what was there before is remembered
+    assert outputs(made) == first
 
 
-@pytest.mark.usefixtures("table")
-def test_another_prompt_is_another_line(clone: Path) -> None:
-    before, params, lock = outputs(clone), (clone / "params.yaml").read_text(), (clone / "dvc.lock").read_text()
-    (clone / "params.yaml").write_text(params.replace("\nprompts:\n", "\nprompts:\n  socratic: 'Ask back. '\n"))
-    said = repro(clone, "report")
-    made = {"teacher@socratic", "train@socratic-kd-1", "assess@socratic-kd-1", "statistics", "report"}
-    assert ran(said) == {"inputs", *made}
-    made = {
-        f"artifacts/mini/{path}" for path in ("teacher/socratic", "adapters/socratic-kd-1", "logs/socratic-kd-1.csv")
-    }
-    assert outputs(clone).keys() == before.keys() | made
-    assert json.loads((clone / "artifacts/mini/teacher/socratic/manifest.json").read_text())["prompt"] == {
-        "name": "socratic",
-        "text": "Ask back. ",
-    }
-    assert "prompt of its teacher: Ask back." in (clone / "artifacts/mini/adapters/socratic-kd-1/README.md").read_text()
-    assert "socratic-kd" in (clone / "artifacts/mini/report/results.md").read_text()
-    (clone / "params.yaml").write_text(params)
-    (clone / "dvc.lock").write_text(lock)  # DVC keeps in it, and on the disk, what no prompt makes any more
-    for path in made:
-        subprocess.run(["rm", "-r", clone / path], check=True)
-    assert ran(repro(clone)) == {"inputs"}
+def test_another_prompt_is_another_line(made: Path) -> None:
+    before, params, lock = outputs(made), (made / "params.yaml").read_text(), (made / "dvc.lock").read_text()
+    (made / "params.yaml").write_text(params.replace("\nprompts:\n", "\nprompts:\n  socratic: 'Ask back. '\n"))
+    line = {"teacher@socratic", "train@socratic-kd-1", "assess@socratic-kd-1"}
+    assert ran(repro(made)) == {"inputs", *line, "statistics", "report", "attention"}
+    new = {f"{MINI}/{path}" for path in ("teacher/socratic", "adapters/socratic-kd-1", "logs/socratic-kd-1.csv")}
+    assert outputs(made).keys() == before.keys() | new
+    (made / "params.yaml").write_text(params)
+    (made / "dvc.lock").write_text(lock)  # DVC keeps in it, and on the disk, what no prompt makes any more
+    for path in new:
+        subprocess.run(["rm", "-r", made / path], check=True)
+    assert ran(repro(made)) == {"inputs"}
 
 
-@pytest.mark.usefixtures("table")
-def test_another_seed_is_trained_and_assessed_and_nothing_else_is_done_again(clone: Path) -> None:
-    params = (clone / "params.yaml").read_text()
+def test_another_seed_is_trained_and_assessed_and_nothing_else_is_done_again(made: Path) -> None:
+    params = (made / "params.yaml").read_text()
     with_another = YAML(typ="safe").load(params)
     with_another["seeds"] = [2, 1]
-    write_params(clone, with_another)
-    trained = {"train@base-kd-2", "train@teacher-kd-2"}
-    assert ran(repro(clone, "--dry", "train")) == {"inputs", *trained}
-    changed = set(json.loads(run(clone, "dvc", "status", "--json").stdout))
-    assert changed == {"inputs", *trained, "assess@base-kd-2", "assess@teacher-kd-2", "report", "attention"}
-    (clone / "params.yaml").write_text(params)
+    write_params(made, with_another)
+    trained, assessed = ({f"{stage}@{prompt}-kd-2" for prompt in ("base", "teacher")} for stage in ("train", "assess"))
+    assert ran(repro(made, "--dry", "train")) == {"inputs", *trained}
+    assert changed(made) == {"inputs", *trained, *assessed, "report", "attention"}
+    (made / "params.yaml").write_text(params)
 
 
 def forget_students(folder: Path) -> None:
-    """Undo what comes behind the teachers, in dvc.lock and in DVC's memory of what ran as well."""
+    """Undo training and what comes behind it, in dvc.lock and in DVC's memory of what ran as well."""
     lock = YAML(typ="safe").load(folder / "dvc.lock")
-    lock["stages"] = {name: stage for name, stage in lock["stages"].items() if name.split("@")[0] not in STUDENTS}
+    undone = {name for name in lock["stages"] if name.partition("@")[0] in ("train", "assess")}
+    for name in undone:
+        subprocess.run(["rm", "-r", folder / lock["stages"].pop(name)["outs"][0]["path"]], check=True)
     with (folder / "dvc.lock").open("w") as file:
         YAML().dump(lock, file)
     shutil.rmtree(folder / ".dvc/cache/runs")
-    for made in ("adapters", "logs"):
-        shutil.rmtree(folder / "artifacts/mini" / made)
-    (folder / "artifacts/mini/statistics.json").unlink()
 
 
-@pytest.mark.usefixtures("table")
-def test_students_run_side_by_side_and_end_in_the_lock_of_one_after_the_other(clone: Path) -> None:
-    expected = YAML(typ="safe").load(clone / "dvc.lock")
-    forget_students(clone)
+def test_students_run_side_by_side_and_end_in_the_lock_of_one_after_the_other(made: Path) -> None:
+    expected = YAML(typ="safe").load(made / "dvc.lock")
+    forget_students(made)
 
-    command, adapters = ("python", "-m", "kd", "students", "--jobs", "2"), clone / "artifacts/mini/adapters"
-    process = subprocess.Popen(command, cwd=clone, env=on_cpu(), stderr=subprocess.PIPE, text=True)
+    command, adapters = ("python", "-m", "kd", "students", "--jobs", "2"), made / MINI / "adapters"
+    process = begin(made, *command, SLOW="train base-kd-1")
     assert process.stderr
-    assert any("> python -m kd train" in line for line in process.stderr)  # which takes a second to begin
+    assert any("> python -m kd train base-kd-1" in line for line in process.stderr)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 128 + signal.SIGINT
     assert "kd: interrupted; what is done is kept, and the same command goes on from there" in said
-    assert not {path.name for path in adapters.glob("*-kd")}
+    assert not (adapters / "base-kd-1").exists()
 
-    (adapters / ".partial").mkdir(parents=True, exist_ok=True)
-    (adapters / ".partial/base-kd-1").touch()  # is in the way of one student
-    failing = run(clone, *command)
+    failing = run(made, *command, FAILS="train base-kd-1")
     assert failing.returncode == 1
-    assert "train@base-kd-1 failed: kd: artifacts/mini/adapters/.partial/base-kd-1: a file is where" in failing.stderr
+    assert "train@base-kd-1 failed: no luck today" in failing.stderr
     assert "kd: train@base-kd-1 failed, and assess@base-kd-1 could not begin without; mend" in failing.stderr
-    assert outputs(clone).keys() >= {"artifacts/mini/logs/teacher-kd-1.csv", "artifacts/mini/logs/no-distillation.csv"}
+    assert f"{MINI}/logs/teacher-kd-1.csv" in outputs(made)
 
-    (adapters / ".partial/base-kd-1").unlink()
-    going_on = run(clone, *command)
+    going_on = run(made, *command)
     assert going_on.returncode == 0, going_on.stderr
-    assert "> python -m kd assess base-kd" in going_on.stderr
-    assert "> python -m kd assess teacher-kd" not in going_on.stderr
-    assert YAML(typ="safe").load(clone / "dvc.lock") == expected
-    assert ran(repro(clone)) == {"inputs"}
-    assert not unfinished(clone / "artifacts")
+    assert "> python -m kd assess base-kd-1" in going_on.stderr
+    assert "> python -m kd assess teacher-kd-1" not in going_on.stderr
+    assert YAML(typ="safe").load(made / "dvc.lock") == expected
 
 
-@pytest.mark.parametrize("stage", ["train@base-kd-1", "teacher@base"])
-@pytest.mark.usefixtures("table")
-def test_a_killed_stage_leaves_no_result_and_runs_again(clone: Path, stage: str) -> None:
-    expected = outputs(clone)
-    folder = {"train@base-kd-1": "adapters/base-kd-1", "teacher@base": "teacher/base"}[stage]
-    md5 = expected[f"artifacts/mini/{folder}"]
-    (clone / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()  # or DVC restores the result instead of running
-    work = (clone / "artifacts/mini" / folder).parent / ".partial" / Path(folder).name
-    process = subprocess.Popen(
-        ["dvc", "repro", "--single-item", "--force", stage],
-        cwd=clone,
-        env=on_cpu(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while not work.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert work.exists()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (clone / "artifacts/mini" / folder).exists()
-    repro(clone, "--single-item", stage)
-    assert outputs(clone) == expected
-    assert not unfinished(clone / "artifacts")
-
-
-@pytest.mark.usefixtures("table")
-def test_other_bytes_in_folders_that_params_name_run_what_reads_them_again(clone: Path) -> None:
-    before = (clone / "params.yaml").read_text()
-    assert ran(repro(clone, "head")) == {"inputs"}
-    weights = clone / "llama/model.safetensors"
+def test_other_bytes_in_folders_that_params_name_run_what_reads_them_again(made: Path) -> None:
+    before = (made / "params.yaml").read_text()
+    weights = made / "llama/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert ran(repro(clone, "head")) == {"inputs", "head"}
+    assert ran(repro(made, "head")) == {"inputs", "head"}
 
     rows = [{"question": f"How many are {i} and 1?", "answer": f"{i + 1}\n#### {i + 1}"} for i in range(9)]
-    (clone / "gsm8k").mkdir()
+    (made / "gsm8k").mkdir()
     for split in ("train", "test"):
-        (clone / f"gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (made / f"gsm8k/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     params = YAML(typ="safe").load(before)
     rows_wanted = {key: params["dataset"][key] for key in ("train_rows", "test_rows")}
     params["dataset"] = {"source": "folder", "path": "gsm8k", "answers": "main", **rows_wanted}
-    write_params(clone, params)
-    assert ran(repro(clone, "prepare")) == {"inputs", "prepare"}
-    assert ran(repro(clone, "prepare")) == {"inputs"}
-    train = clone / "gsm8k/train.jsonl"
+    write_params(made, params)
+    assert ran(repro(made, "prepare")) == {"inputs", "prepare"}
+    train = made / "gsm8k/train.jsonl"
     train.write_text(train.read_text().replace("How many", "How much"))
-    assert ran(repro(clone, "prepare")) == {"inputs", "prepare"}
+    assert ran(repro(made, "prepare")) == {"inputs", "prepare"}
     train.unlink()
-    done = run(clone, "dvc", "repro", "prepare")
+    done = run(made, "dvc", "repro", "prepare")
     assert done.returncode != 0
     assert "kd: gsm8k/train.jsonl: no such file; put it there, or name another folder" in done.stderr
-    (clone / "params.yaml").write_text(before)
+    (made / "params.yaml").write_text(before)
 
 
 @pytest.mark.often
 @pytest.mark.usefixtures("table")
 def test_an_experiment_in_dvcs_queue_runs_its_own_copy_of_the_code(clone: Path) -> None:
-    commit = (
-        "git",
-        "-c",
-        "user.name=t",
-        "-c",
-        "user.email=t@example.org",
-        "commit",
-        "--quiet",
-        "--all",
-        "--message",
-        "ran",
-    )
-    assert run(clone, *commit).returncode == 0
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    assert run(clone, "git", *identity, "commit", "--quiet", "--all", "--message", "ran").returncode == 0
     with (clone / "kd/data/gsm8k.py").open("a") as file:
         file.write("\nimport sys\n\nprint('code of', Path.cwd() == Path(__file__).parents[2], file=sys.stderr)\n")
     change = "untrained.no-distillation.max_new_tokens=3"

@@ -54,7 +54,7 @@ def test_stages_hang_together(profile: Config) -> None:
                 assert profile.artifacts in Path(out.def_path).parents
 
 
-@pytest.mark.parametrize("command", ["repro --dry --force", "dag", "metrics show", "plots show"])
+@pytest.mark.parametrize("command", ["dag", "metrics show", "plots show"])
 @pytest.mark.usefixtures("profile")
 def test_dvcs_own_commands_work(command: str) -> None:
     assert dvc(command.split()) == 0

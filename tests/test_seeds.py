@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import begin, contents, unfinished
+from commands import contents, unfinished
+from forked import SAID, begin, status
 from params import keep
 
 from kd.cli import main
@@ -78,9 +79,7 @@ def test_two_processes_assess_a_students_runs_as_one_does() -> None:
     alone = contents(LOGS)
     shutil.rmtree(LOGS)
     processes = [begin("assess", "base-kd", RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    for process in processes:
-        _, said = process.communicate()
-        assert process.returncode == 0, said
+    assert [status(process) for process in processes] == [0, 0], SAID.read_text()
     assert contents(LOGS) == alone
 
 
@@ -120,10 +119,10 @@ def test_killed_between_two_seeds_the_same_command_goes_on_with_the_second() -> 
     for _ in range(2):  # what is done is done again, unless the command was killed behind it
         made = first.stat().st_ino
         process = begin("train", "base-kd")
-        while not (ADAPTERS / ".partial/base-kd-20").exists() and process.poll() is None:
+        while not (ADAPTERS / ".partial/base-kd-20").exists() and process.is_alive():
             time.sleep(0.001)
         process.kill()
-        process.communicate()
+        process.join()
         assert first.stat().st_ino != made
         made = first.stat().st_ino
         assert main(["train", "base-kd"]) == 0

@@ -17,7 +17,8 @@ from params import keep
 from rows import prepare_tests
 
 from kd.cli import main
-from kd.scoring.log import Response, log_text
+from kd.config import load_config
+from kd.scoring.log import Response, log_text, read_answered
 
 TEXT = "Wie viel ist es, \N{GREEK SMALL LETTER PI} \N{GRINNING FACE}\u2028 \x1b[2J?"
 ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
@@ -60,7 +61,8 @@ def test_a_response_is_reviewed_at_any_terminal(encoding: str) -> None:
     assert "\x1b" not in shown
     assert "is not a number" in shown
     assert "1 of 1 rows decided" in said
-    assert json.loads(kd(encoding, "report", "--json")[0])["experiments"]["base-kd"]["runs"][0]["correct"] == 1
+    (row,) = read_answered(load_config(Path("params.yaml")), "base-kd-1")
+    assert row.right
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from itertools import pairwise
 from math import log
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_tiny_params
 from params import experiments, keep, run_of
 from peft import LoraConfig, PeftModel, get_peft_model
+from ruamel.yaml import YAML
 from tiny import make_tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -43,22 +46,44 @@ RESPONSES = [  # text, and whether the limit ended it
 ]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A folder with everything that `kd attention` reads of the miniature, adapters that differ among it, and with what
+    it makes of that."""
+    folder, params = tmp_path_factory.mktemp("made"), make_tiny_params(tiny_llama)
+    params["attention"]["questions"] = len(RESPONSES)
+    with chdir(folder):
+        YAML().dump(params, Path("params.yaml"))
+        assert main(["prepare"]) == 0
+        for seed, name in enumerate(Config.model_validate(params).adapters):
+            save_adapter(tiny_llama, ARTIFACTS / "adapters" / name, seed)
+        examples = read_examples(ARTIFACTS / "data" / "test.jsonl")
+        (ARTIFACTS / "logs").mkdir()
+        for name, experiment in experiments(params).items():
+            prompts = [example.question + experiment.suffix for example in examples]
+            (ARTIFACTS / "logs" / f"{name}.csv").write_text(log_text(examples, prompts, RESPONSES * 2))
+        figures = dict(zip(("base", "teacher", "ground-truth", "confidence"), (0.43, 0.41, 0.42, 0.45), strict=True))
+        published = {"base": 0.573, "confidence": 0.52}
+        statistics = {
+            name: {"mean_max_probability": one, "published": published.get(name)} for name, one in figures.items()
+        }
+        (ARTIFACTS / "statistics.json").write_text(json.dumps(statistics))
+        assert main(["attention"]) == 0
+    return folder
+
+
 @pytest.fixture
-def trained(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], tiny_llama: Path) -> None:
-    """Everything `kd attention` reads of the miniature: rows, adapters that differ, logs, the teacher's figures."""
-    tiny_params["attention"]["questions"] = len(RESPONSES)
-    write_params(tiny_params)
-    assert main(["prepare"]) == 0
-    for seed, name in enumerate(Config.model_validate(tiny_params).adapters):
-        save_adapter(tiny_llama, ARTIFACTS / "adapters" / name, seed)
-    examples = read_examples(ARTIFACTS / "data" / "test.jsonl")
-    (ARTIFACTS / "logs").mkdir()
-    for name, experiment in experiments(tiny_params).items():
-        prompts = [example.question + experiment.suffix for example in examples]
-        (ARTIFACTS / "logs" / f"{name}.csv").write_text(log_text(examples, prompts, RESPONSES * 2))
-    figures = {"base": (0.43, 0.573), "teacher": (0.41, None), "ground-truth": (0.42, None), "confidence": (0.45, 0.52)}
-    statistics = {name: {"mean_max_probability": one, "published": other} for name, (one, other) in figures.items()}
-    (ARTIFACTS / "statistics.json").write_text(json.dumps(statistics))
+def analysed(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder that is a copy of it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trained(analysed: None) -> None:
+    """A working folder in which only the analysis is missing."""
+    del analysed
+    shutil.rmtree(ATTENTION)
 
 
 def save_adapter(student: Path, folder: Path, seed: int) -> None:
@@ -120,12 +145,11 @@ def plain_metrics(model: Any, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("student", "adapter"), [("no-distillation-matched", None), ("teacher-kd-1", "teacher-kd-1")])
-@pytest.mark.usefixtures("on_cpu", "trained")  # to the last bits of float32
+@pytest.mark.usefixtures("on_cpu", "analysed")  # to the last bits of float32
 def test_metrics_are_those_of_the_plain_definitions(student: str, adapter: str | None, tiny_llama: Path) -> None:
     model = plain_student(tiny_llama, ARTIFACTS / "adapters" / adapter if adapter else None)
     plain = [plain_metrics(model, ids) for ids in questions(tiny_llama)]
     heads, similarity = (np.mean(values, axis=0) for values in zip(*plain, strict=True))
-    assert main(["attention"]) == 0
     rows = [row for row in table("attention") if row["experiment"] == student]
     assert [row["layer"] for row in rows] == ["0", "1"]
     for row, values in zip(rows, heads.mean(axis=1), strict=True):
@@ -135,9 +159,8 @@ def test_metrics_are_those_of_the_plain_definitions(student: str, adapter: str |
     assert measure(load_config(Path("params.yaml")))[student].heads == pytest.approx(heads, abs=1e-6)
 
 
-@pytest.mark.usefixtures("trained")
+@pytest.mark.usefixtures("analysed")
 def test_students_differ_and_the_heads_that_vary_most_come_first() -> None:
-    assert main(["attention"]) == 0
     assert len({row["entropy"] for row in table("attention") if row["layer"] == "1"}) == len(STUDENTS)
     measured = measure(load_config(Path("params.yaml")))
     rows = table("heads")
@@ -160,7 +183,7 @@ def deep(one: Any) -> Any:
 
 
 @pytest.mark.parametrize("adapter", [None, "base-kd-1"])
-@pytest.mark.usefixtures("on_cpu", "trained")  # to the last bits of float32
+@pytest.mark.usefixtures("on_cpu", "analysed")  # to the last bits of float32
 def test_confidence_is_the_mean_of_the_largest_probability(adapter: str | None, tiny_llama: Path) -> None:
     model = plain_student(tiny_llama, ARTIFACTS / "adapters" / adapter if adapter else None)
     tokenizer = load_tokenizer(tiny_llama)
@@ -172,7 +195,6 @@ def test_confidence_is_the_mean_of_the_largest_probability(adapter: str | None, 
             largest = model(torch.tensor([token_ids])).logits[0].softmax(-1).amax(-1).tolist()
         asked += largest[: len(ids)]
         answered += largest[len(ids) - 1 : -1 if response.reached_limit else None]
-    assert main(["attention"]) == 0
     row = next(row for row in table("confidence") if row["experiment"] == (adapter or "no-distillation-matched"))
     assert (int(row["question_positions"]), int(row["answer_positions"])) == (len(asked), len(answered))
     assert float(row["question"]) == pytest.approx(np.mean(asked), abs=1e-6)
@@ -183,6 +205,7 @@ def test_confidence_is_the_mean_of_the_largest_probability(adapter: str | None, 
 def test_without_adapters_the_bare_student_is_measured_on_the_answers_to_its_own_prompt(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], tiny_llama: Path
 ) -> None:
+    tiny_params["attention"]["questions"] = len(RESPONSES)
     experiment = tiny_params["untrained"]["no-distillation"]
     keep(tiny_params, "no-distillation")
     write_params(tiny_params)
@@ -246,18 +269,16 @@ def test_no_more_than_one_layers_map_is_alive(tmp_path: Path) -> None:
     assert layers.similarity().shape == (4,)
 
 
-@pytest.mark.usefixtures("trained")
-def test_the_same_bytes_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["attention"]) == 0
-    printed = capsys.readouterr().out
+@pytest.mark.usefixtures("analysed")
+def test_the_same_bytes_twice() -> None:
     first = {path.name: path.read_bytes() for path in ATTENTION.iterdir()}
     charts = ("entropy", "focus", "sparsity", "similarity", "confidence", "teacher-confidence")
     images = {f"{chart}.{kind}" for chart in charts for kind in ("svg", "png")}
     assert set(first) == images | {"attention.csv", "heads.csv", "confidence.csv"}
     assert list(table("attention")[0]) == ["experiment", "layer", "entropy", "focus", "sparsity", "similarity_to_next"]
     assert list(dict.fromkeys(row["experiment"] for row in table("attention"))) == STUDENTS
+    shutil.rmtree(ATTENTION)
     assert main(["attention"]) == 0
-    assert capsys.readouterr().out == printed
     assert {path.name: path.read_bytes() for path in ATTENTION.iterdir()} == first
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +11,7 @@ from typing import Any
 import pytest
 from asking import answers, rows_of
 from commands import unfinished
+from forked import begin
 
 from kd.assess.decode import NAN_TOKEN, Row
 from kd.assess.journal import Journal
@@ -67,13 +64,12 @@ def test_killed_anywhere_the_next_run_does_what_is_missing(
 ) -> None:
     prepare(rows=24, max_new_tokens=40)
     expected = uninterrupted()
-    command = [sys.executable, "-m", "kd.cli", "assess", "no-distillation"]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+    process = begin("assess", "no-distillation")
     deadline = time.monotonic() + 60
     while not (journals() and journals()[0].stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not LOG.exists()
     [journal] = journals()
     kept = journal.read_bytes().count(b"\n")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,9 +16,11 @@ import optuna
 import pytest
 from commands import unfinished
 from conftest import REPOSITORY
+from forked import begin, status
 from ruamel.yaml import YAML
 
 from kd.cli import main
+from kd.distill import search
 from kd.scoring.collapse import loss_ends
 
 FOLDER = Path("artifacts/mini/search/teacher-kd")
@@ -26,7 +28,7 @@ COMPLETE, PRUNED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRU
 
 
 @pytest.fixture
-def ready(
+def drawn(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> dict[str, Any]:
     """A working folder in which everything up to a search of two trials is done; its params."""
@@ -38,8 +40,15 @@ def ready(
     return tiny_params
 
 
+@pytest.fixture
+def ready(drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The same for a search whose plots, which take a second, are not drawn."""
+    monkeypatch.setattr(search, "_plots", lambda *_: None)
+    return drawn
+
+
 def test_search_stops_at_its_trials_goes_on_when_more_are_asked_for_and_leaves_plots(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+    drawn: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["search", "teacher-kd", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)
@@ -49,14 +58,14 @@ def test_search_stops_at_its_trials_goes_on_when_more_are_asked_for_and_leaves_p
     assert 1 <= best["temperature"] <= 10
     for name in ("optimization_history", "slice", "contour", "edf"):
         assert (FOLDER / f"result/{name}.png").read_bytes().startswith(b"\x89PNG")
-    ready["search"]["trials"] = 3
-    write_params(ready)
+    drawn["search"]["trials"] = 3
+    write_params(drawn)
     assert main(["search", "teacher-kd", "--json"]) == 0
     more = json.loads(capsys.readouterr().out)
     assert more["trials"] == 3
     assert more["cross_entropy"] <= best["cross_entropy"]
-    ready["search"] |= {"trials": 1, "seeds": [1]}  # trials of two seeds are others
-    write_params(ready)
+    drawn["search"] |= {"trials": 1, "seeds": [1]}  # trials of two seeds are others
+    write_params(drawn)
     assert main(["search", "teacher-kd", "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
     assert (one["trials"], list(one["seeds"])) == (1, ["1"])
@@ -78,10 +87,10 @@ def trials(*states: optuna.trial.TrialState) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_a_range_of_learning_rates_is_searched_by_its_logarithm(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+    drawn: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ready["search"] |= {"alpha": [0.5, 0.5], "temperature": [2.0, 2.0], "learning_rate": [1e-3, 0.05]}
-    write_params(ready)
+    drawn["search"] |= {"alpha": [0.5, 0.5], "temperature": [2.0, 2.0], "learning_rate": [1e-3, 0.05]}
+    write_params(drawn)
     assert main(["search", "teacher-kd", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)
     assert list(best)[:4] == ["alpha", "temperature", "learning_rate", "cross_entropy"]
@@ -99,45 +108,29 @@ def test_a_range_of_learning_rates_is_searched_by_its_logarithm(
     assert best["learning_rate"] == (min(rates) if near else rates[0])
 
 
-# Two processes that are at `kd search` together: neither ends its first trial before the other has begun one. Forked,
-# so that the libraries are imported once. What each says is in a file of its own.
-TOGETHER = """if True:
-    import os, time
-    import peft, optuna.visualization.matplotlib
-    from kd.cli import main
-    from kd.distill import search
-
+def in_company() -> None:
+    """Let neither of two processes end its first trial before the other has begun one."""
     evaluate = search.evaluate
 
-    def evaluate_in_company(*arguments):
-        os.close(os.open(f"began-{os.getpid()}", os.O_CREAT))
-        while sum(name.startswith("began-") for name in os.listdir()) < 2:
+    def evaluate_in_company(*arguments: Any) -> Any:
+        Path(f"began-{os.getpid()}").touch()
+        while len(list(Path().glob("began-*"))) < 2:
             time.sleep(0.01)
         return evaluate(*arguments)
 
-    search.evaluate = evaluate_in_company
-    children = []
-    for name in ("one", "other"):
-        child = os.fork()
-        if child == 0:
-            said = os.open(name, os.O_WRONLY | os.O_CREAT)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
-            os._exit(main(["search", "teacher-kd"]))
-        children.append(child)
-    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-"""
+    search.evaluate = evaluate_in_company  # type: ignore[assignment]
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_two_processes_at_once_share_a_study_and_leave_one_whole_result(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+    drawn: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
 ) -> None:
-    ready["search"] |= {"trials": 8, "seeds": [1]}
-    write_params(ready)
-    done = subprocess.run([sys.executable, "-c", TOGETHER], capture_output=True, text=True, timeout=300)
-    said = [Path(name).read_text() for name in ("one", "other")]
-    assert done.stdout == "[0, 0]\n", (done.stderr, said)
-    assert all("trial " in text for text in said)  # both took part
+    drawn["search"] |= {"trials": 8, "seeds": [1]}
+    write_params(drawn)
+    said = [Path(name) for name in ("one", "other")]
+    processes = [begin("search", "teacher-kd", said=path, first=in_company) for path in said]
+    assert [status(process) for process in processes] == [0, 0], [path.read_text() for path in said]
+    assert all("trial " in path.read_text() for path in said)  # both took part
     ended = trials(COMPLETE, PRUNED)
     assert 8 <= len(ended) <= 10
     assert len({trial.number for trial in ended}) == len(ended)
@@ -223,14 +216,14 @@ TOO_HIGH = {"alpha": [0.5, 1.0], "learning_rate": [1e-2, 1e3]}
 
 
 def test_a_range_that_reaches_far_too_high_is_survived_and_what_is_printed_can_be_pasted(
-    ready: dict[str, Any],
+    drawn: dict[str, Any],
     write_params: Callable[[dict[str, Any]], None],
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    ready["distill"]["protocol"] = "aligned"
-    ready["search"] |= TOO_HIGH | {"trials": 14, "seeds": [1, 2, 3]}
-    write_params(ready)
+    drawn["distill"]["protocol"] = "aligned"
+    drawn["search"] |= TOO_HIGH | {"trials": 14, "seeds": [1, 2, 3]}
+    write_params(drawn)
     assert main(["teacher", "teacher"]) == 0
     capsys.readouterr()
     assert main(["search", "teacher-kd"]) == 0
@@ -247,8 +240,8 @@ def test_a_range_that_reaches_far_too_high_is_survived_and_what_is_printed_can_b
     assert max(best["seeds"].values()) == best["cross_entropy"] < best["untrained"]
     found = YAML(typ="safe").load(printed)
     searched = {name: best[name] for name in ("alpha", "temperature", "learning_rate")}
-    assert found["distill"] == found["distill"] | ready["distill"] | searched
-    for losses in trained(ready | found, write_params, capsys):
+    assert found["distill"] == found["distill"] | drawn["distill"] | searched
+    for losses in trained(drawn | found, write_params, capsys):
         assert not loss_ends(losses)["rose"]
         assert fmean(losses[12:]) < fmean(losses[:12])  # the second epoch, the first
 

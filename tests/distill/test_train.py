@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from commands import contents, unfinished
+from forked import SAID, begin, status
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import make_tiny_llama
@@ -206,101 +211,74 @@ def test_unknown_experiment_exits_2(
     assert "no-distillation: unknown student, expected one of fine-tuning, base-kd" in capsys.readouterr().err
 
 
-# Runs `kd train` in forked children, one after the other, each killed at a place's nth call: between two checkpoints,
-# while the next is made, and when all updates are done. Forked, so that the libraries are imported once.
-KILL = """if True:
-    import os, signal
-    import dvclive, peft, transformers
-    from kd.cli import main
-    from kd.distill import checkpoint, train
+def at(place: str, call: int, happens: Callable[[], object]) -> None:
+    """Let something happen at the beginning of the so-manieth call of a module's function."""
+    module, _, name = place.rpartition(".")
+    owner, calls = import_module(module), count(1)
+    original = getattr(owner, name)
 
-    for module, name, count in ((train, "Record", 8), (checkpoint, "write_json", 1), (train, "save_adapter", 1)):
-        child = os.fork()
-        if child == 0:
-            original = getattr(module, name)
+    def counted(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            happens()
+        return original(*arguments, **named)
 
-            def counted(*args, **kwargs):
-                global count
-                count -= 1
-                if count == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args, **kwargs)
-
-            setattr(module, name, counted)
-            os._exit(main(["train", "teacher-kd"]))
-        _, status = os.waitpid(child, 0)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status)
-        print(name, killed, os.path.exists("artifacts/mini/adapters/teacher-kd-1"))
-"""
+    setattr(owner, name, counted)
 
 
-def test_killed_anywhere_the_resumed_run_ends_in_the_same_bytes(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
-) -> None:
-    ready["distill"]["checkpoint_every"] = 5
-    write_params(ready)
-    assert main(["train", "teacher-kd"]) == 0
-    before = {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()}
-    shutil.rmtree(ADAPTER)
-    done = subprocess.run([sys.executable, "-c", KILL], capture_output=True, text=True)
-    assert done.stdout.split("\n") == ["Record 9 False", "write_json 9 False", "save_adapter 9 False", ""], done.stderr
-    (work,) = Path("artifacts/mini/adapters/.partial/teacher-kd-1").glob("?" * 16)
-    assert [path.name for path in (work / "checkpoints").iterdir()] == ["00000024"]
-    assert main(["train", "teacher-kd"]) == 0
-    assert {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()} == before
-    assert not unfinished()
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-# Runs `kd train` in forked children: ended by a signal behind the eighth update, and by a limit to the size of files,
-# as a full disk ends a write, while a checkpoint and while the adapter is made. What each says is in a file of its own.
-STOPPED = """if True:
-    import os, resource, signal
-    import dvclive, peft, transformers
-    from kd.cli import main
-    from kd.distill import checkpoint, train
-
-    def terminated(*values):
-        if values[0] == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def full(*_):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-
-    for module, name, happens in (
-        (train, "Record", terminated), (checkpoint, "write_tensors", full), (train, "save_adapter", full)
-    ):
-        child = os.fork()
-        if child == 0:
-            said = os.open(name, os.O_WRONLY | os.O_CREAT)
-            os.dup2(said, 2)
-            original = getattr(module, name)
-            setattr(module, name, lambda *values: (happens(*values), original(*values))[1])
-            os._exit(main(["train", "teacher-kd"]))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_and_a_full_disk_end_with_what_is_kept(
-    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+def fill_the_disk() -> None:
+    """A limit to the size of files ends a write as a full disk does."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+UPDATE, SAVES = "kd.distill.train.Record", "kd.distill.train.save_adapter"
+KEEPS, WRITES = "kd.distill.checkpoint.write_json", "kd.distill.checkpoint.write_tensors"
+# Runs one behind the other: what happens to each, its exit status, and what it says. They are killed between two
+# checkpoints, while the next is made, and when all updates are done.
+WORK = r"artifacts/mini/adapters/\.partial/teacher-kd-1/[0-9a-f]{16}"
+FULL = rf"kd: {WORK}\S*: File too large; make room on that disk; the same command goes on from {WORK}/checkpoints/0"
+KILLED = [
+    (partial(at, UPDATE, 8, die), -signal.SIGKILL, ".*"),
+    (partial(at, KEEPS, 1, die), -signal.SIGKILL, ".*"),
+    (partial(at, SAVES, 1, die), -signal.SIGKILL, ".*"),
+]
+STOPPED = [
+    (
+        partial(at, UPDATE, 8, terminate),
+        143,
+        rf"kd: terminated; the same command goes on from {WORK}/checkpoints/00000005\n",
+    ),
+    (partial(at, WRITES, 1, fill_the_disk), 1, rf"{FULL}0000005\n"),
+    (partial(at, SAVES, 1, fill_the_disk), 1, rf"{FULL}0000024\n"),
+]
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("runs", [KILLED, STOPPED], ids=["killed", "stopped"])
+def test_ended_anywhere_the_next_run_goes_on_and_ends_in_the_same_bytes(
+    ready: dict[str, Any], write_params: Callable[[dict[str, Any]], None], runs: list[tuple[Any, int, str]]
 ) -> None:
     ready["distill"]["checkpoint_every"] = 5
     write_params(ready)
     assert main(["train", "teacher-kd"]) == 0
     expected = contents(ADAPTER)
     shutil.rmtree(ADAPTER)
-    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True)
-    assert done.stdout.split() == ["143", "1", "1"], done.stderr
-    work = r"artifacts/mini/adapters/\.partial/teacher-kd-1/[0-9a-f]{16}"
-    full = rf"kd: {work}\S*: File too large; make room on that disk; the same command goes on from {work}/checkpoints/0"
-    for name, said in (
-        ("Record", rf"kd: terminated; the same command goes on from {work}/checkpoints/00000005\n"),
-        ("write_tensors", rf"{full}0000005\n"),
-        ("save_adapter", rf"{full}0000024\n"),
-    ):
-        assert re.search(rf"^{said}\Z", Path(name).read_text(), re.MULTILINE), Path(name).read_text()
-        assert "Traceback" not in Path(name).read_text()
-    assert not ADAPTER.exists()
+    for first, ends, words in runs:
+        SAID.unlink(missing_ok=True)
+        assert status(begin("train", "teacher-kd", first=first)) == ends
+        assert re.search(rf"^{words}\Z", SAID.read_text(), re.MULTILINE), SAID.read_text()
+        assert "Traceback" not in SAID.read_text()
+        assert not ADAPTER.exists()
+    (work,) = Path("artifacts/mini/adapters/.partial/teacher-kd-1").glob("?" * 16)
+    assert [path.name for path in (work / "checkpoints").iterdir()] == ["00000024"]
     assert main(["train", "teacher-kd"]) == 0
     assert contents(ADAPTER) == expected
     assert not unfinished()

@@ -64,7 +64,7 @@ def test_what_does_not_fit_exits_1_and_says_what_to_change(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rehearse, "read_memory", lambda: 1000)
+    monkeypatch.setattr(rehearse, "look_around", lambda *_: rehearse.Machine([], memory_gib=1e-6))
     write_params(tiny_params)
     assert main(["rehearse"]) == 1
     said = capsys.readouterr()
@@ -138,6 +138,7 @@ def test_a_model_of_unknown_shape_without_a_network_is_asked_for_in_one_sentence
 ) -> None:
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rehearse, "look_around", lambda *_: rehearse.Machine([], memory_gib=8))
     model = {"source": "hub", "name": "some/model", "revision": "0" * 40}
     tiny_params["student"]["model"] = model
     write_params(tiny_params)

@@ -22,6 +22,8 @@ from kd.cli import main
 from kd.config import Config, load_config
 from kd.io.files import sha256
 from kd.report.reading import Run, read_runs
+from kd.report.results import collect
+from kd.report.tables import markdown
 from kd.scoring.log import COLUMNS
 from kd.scoring.review import response_sha256
 
@@ -61,11 +63,16 @@ def logs(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], N
     return tiny_params
 
 
+def reported() -> dict[str, Any]:
+    """The results that `kd report` writes, without its charts and its page."""
+    config = load_config(Path("params.yaml"))
+    document: dict[str, Any] = json.loads(json.dumps(collect(config, read_runs(config))))
+    return document
+
+
 @pytest.mark.usefixtures("logs")
-def test_results_hold_counts_intervals_and_comparisons(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", "--json"]) == 0
-    results = json.loads(capsys.readouterr().out)
-    assert results == json.loads((REPORT / "results.json").read_text())
+def test_results_hold_counts_intervals_and_comparisons() -> None:
+    results = reported()
     assert list(results["experiments"]) == list(load_config(Path("params.yaml")).runs)
     assert set(results["experiments"]) == set(STUDENTS)
     row = results["experiments"]["confidence-kd"]
@@ -89,8 +96,14 @@ def test_results_hold_counts_intervals_and_comparisons(capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("logs")
-def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_printed_and_written_and_the_results_the_same_bytes_twice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == reported() == json.loads((REPORT / "results.json").read_text())
+    before = {path.name: path.read_bytes() for path in REPORT.iterdir()}
     assert main(["report"]) == 0
+    assert {path.name: path.read_bytes() for path in REPORT.iterdir()} == before
     shown, printed, notes, pairs = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
     assert shown[0].startswith("None of the five trained students is shown to differ from the untrained one asked")
     header = ["Experiment", "Accuracy", "95 % interval", "Correct", "Against control", "Detectable"]
@@ -113,8 +126,7 @@ def test_the_table_is_printed_and_written(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.usefixtures("logs")
 def test_the_teachers_certainty_stands_behind_the_table_where_it_was_measured() -> None:
-    assert main(["report"]) == 0
-    assert "The teacher behind each prompt" not in (REPORT / "results.md").read_text()
+    assert "The teacher behind each prompt" not in markdown(reported())
     one = {
         "mean_max_probability": 0.57312,
         "positions": 900,
@@ -122,17 +134,8 @@ def test_the_teachers_certainty_stands_behind_the_table_where_it_was_measured() 
         "versions": {"torch": "2.4.0"},
     }
     Path("artifacts/mini/statistics.json").write_text(json.dumps({"base": one}))
-    assert main(["report"]) == 0
-    assert "| base | 0.5731 | 900 of 7 questions |\n" in (REPORT / "results.md").read_text()
-    assert json.loads((REPORT / "results.json").read_text())["prompts"] == {"base": one | {"published": None}}
-
-
-@pytest.mark.usefixtures("logs")
-def test_same_bytes_twice() -> None:
-    assert main(["report"]) == 0
-    before = {path.name: path.read_bytes() for path in REPORT.iterdir()}
-    assert main(["report"]) == 0
-    assert {path.name: path.read_bytes() for path in REPORT.iterdir()} == before
+    assert "| base | 0.5731 | 900 of 7 questions |\n" in markdown(reported())
+    assert reported()["prompts"] == {"base": one | {"published": None}}
 
 
 @pytest.mark.usefixtures("logs")
@@ -209,11 +212,10 @@ def test_check_losses_stand_behind_the_table() -> None:
     adapter = Path("artifacts/mini/adapters/teacher-kd-1")
     adapter.mkdir(parents=True)
     (adapter / "check.json").write_text('{"check_loss": 9.8765, "rows": 6, "versions": {"torch": "2.4.0"}}')
-    assert main(["report"]) == 0
-    results = json.loads((REPORT / "results.json").read_text())
+    results = reported()
     assert results["check_losses"] == {"teacher-kd": {"check_loss": 9.8765, "published": None}}
     assert results["versions"]["training"] == {"teacher-kd-1": {"torch": "2.4.0"}}
-    assert "| teacher-kd | 9.877 |\n" in (REPORT / "results.md").read_text()
+    assert "| teacher-kd | 9.877 |\n" in markdown(results)
 
 
 @pytest.mark.usefixtures("logs")
@@ -265,10 +267,9 @@ def test_an_unusable_loss_curve_is_refused(capsys: pytest.CaptureFixture[str], r
 
 
 @pytest.mark.usefixtures("logs")
-def test_a_loss_curve_without_updates_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_curve_without_updates_is_none() -> None:
     lose("base-kd", [])
-    assert main(["report", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["experiments"]["base-kd"]["runs"][0]["loss"] is None
+    assert reported()["experiments"]["base-kd"]["runs"][0]["loss"] is None
 
 
 @pytest.fixture

@@ -103,25 +103,25 @@ def test_a_lone_number_is_found_in_either_notation(number: int, tail: str) -> No
 
 
 HOSTILE = {
-    "digits": "1" * 2**20,
-    "digit groups": "1," * 2**19,
-    "thousands": "1" + ",000" * 2**18,
-    "fractions": "1." * 2**19,
-    "boxes": r"\boxed{" * 2**17,
-    "boxes without a number": r"\boxed{1x}" * 2**17,
-    "boxed digits": r"\boxed{" + "1" * 2**20,
-    "boxed spaces": r"\boxed{" + " " * 2**20,
+    "digits": "1" * 2**18,
+    "digit groups": "1," * 2**17,
+    "thousands": "1" + ",000" * 2**16,
+    "fractions": "1." * 2**17,
+    "boxes": r"\boxed{" * 2**15,
+    "boxes without a number": r"\boxed{1x}" * 2**15,
+    "boxed digits": r"\boxed{" + "1" * 2**18,
+    "boxed spaces": r"\boxed{" + " " * 2**18,
     "boxed number and spaces": (r"\boxed{1" + " " * 1000) * 2**10,
-    "nested braces": r"\boxed{" + "{" * 2**19 + "}" * 2**19,
+    "nested braces": r"\boxed{" + "{" * 2**17 + "}" * 2**17,
     "phrases": "the answer is " * 2**16,
-    "signs": "-" * 2**20,
-    "dollars": "$" * 2**20,
-    "newlines": "\n" * 2**20,
-    "newlines behind a number": "1" + "\n " * 2**19,
-    "hash marks": "####\n" * 2**17,
-    "markers": "answer: " * 2**17,
-    "slashes": "1/" * 2**19,
-    "fractions in LaTeX": r"\frac{1}{" * 2**17,
+    "signs": "-" * 2**18,
+    "dollars": "$" * 2**18,
+    "newlines": "\n" * 2**18,
+    "newlines behind a number": "1" + "\n " * 2**17,
+    "hash marks": "####\n" * 2**15,
+    "markers": "answer: " * 2**15,
+    "slashes": "1/" * 2**17,
+    "fractions in LaTeX": r"\frac{1}{" * 2**15,
     "numbers apart by spaces": "1 000 " * 2**15,
     "boxes taken back": r"\boxed{2} wait \boxed{3} " * 2**13,
     "boxes on one line": "".join(rf"\boxed{{{i}}}" for i in range(2**14)),
@@ -133,7 +133,7 @@ HOSTILE = {
     "label without its verb": "the answer to " * 2**14,
     "headings behind hash marks": "#### 5 pens\n" * 2**14,
     "restated": "#### " + "the 1 " * 2**16,
-    "brackets": "(" * 2**18 + "1",
+    "brackets": "(" * 2**16 + "1",
     "steps": "Step 1\n" * 2**15,
     "items": "1. a\n" * 2**15,
     "checks": "Check: " * 2**15 + "1",
@@ -146,15 +146,15 @@ HOSTILE = {
     "drawing": "draw(1" * 2**15,
     "answers in JSON": '"answer":1,' * 2**14,
     "two lower letters": "\u0130answer is 4 " * 2**13,
-    "nuls": "\0" * 2**20,
-    "surrogates": "\ud800" * 2**20,
-    "right to left": "\u202e٣٤" * 2**18,
+    "nuls": "\0" * 2**18,
+    "surrogates": "\ud800" * 2**18,
+    "right to left": "\u202e٣٤" * 2**16,
 }
 
 
 @pytest.mark.parametrize("rules", [name for name in RULE_SETS if name != "math-verify"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_megabyte_of_anything_takes_linear_time(name: str, rules: str) -> None:
+def test_long_texts_of_anything_take_linear_time(name: str, rules: str) -> None:
     start = time.process_time()
     one(HOSTILE[name], rules)
-    assert time.process_time() - start < 10  # quadratic time would be hours
+    assert time.process_time() - start < 5  # quadratic time would be many minutes

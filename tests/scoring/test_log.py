@@ -19,6 +19,8 @@ from rows import prepare_tests
 from kd.cli import main
 from kd.config import load_config
 from kd.data.rows import Example
+from kd.report.reading import read_runs
+from kd.report.results import collect
 from kd.scoring.log import Response, log_text, read_answered
 
 LOGS, DATA = Path("artifacts/mini/logs"), Path("artifacts/mini/data/test.jsonl")
@@ -71,10 +73,19 @@ def save(name: str, rows: Rows, delimiter: str = ",", encoding: str = "utf-8-sig
     log(name).write_bytes(table.getvalue().encode(encoding))
 
 
-def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def reported() -> dict[str, Any]:
+    """The results that `kd report` writes, without its charts and its page."""
+    config = load_config(Path("params.yaml"))
+    document: dict[str, Any] = json.loads(json.dumps(collect(config, read_runs(config))))
+    return document
+
+
+def written(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """The results that `kd report` prints, which are those, and its page."""
     assert main(["report", "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
+    assert document == reported()
+    return document, Path("artifacts/mini/report/index.html").read_text()
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
@@ -90,17 +101,15 @@ def test_pairs_are_made_by_question_whatever_the_order_of_a_file(
     logs: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     del logs
-    before = reported(capsys)
-    page = Path("artifacts/mini/report/index.html").read_text()
+    before, page = written(capsys)
     pair = before["comparisons"][-1]
     assert (pair["first"], pair["second"], pair["only_first"], pair["only_second"]) == ("base-kd", "teacher-kd", 4, 0)
     save("base-kd", sorted(rows_of("base-kd"), key=lambda row: row["model_answer"]))
     save("teacher-kd", sorted(rows_of("teacher-kd"), key=lambda row: row["question"], reverse=True))
-    after = reported(capsys)
+    after, again = written(capsys)
     assert after == before
     assert after["experiments"]["teacher-kd"]["runs"][0]["undecided"] == [5, 6]
     shown = 'id="packed">'
-    again = Path("artifacts/mini/report/index.html").read_text()
     assert again.partition(shown)[2].partition("<")[0] == page.partition(shown)[2].partition("<")[0]
 
 
@@ -148,29 +157,29 @@ SPREADSHEETS: dict[str, tuple[str, Callable[[str], str]]] = {
 @pytest.mark.parametrize("delimiter", [",", ";"])
 @pytest.mark.parametrize("kind", SPREADSHEETS)
 def test_what_a_spreadsheet_makes_of_the_cells_changes_no_result(
-    logs: dict[str, Any], capsys: pytest.CaptureFixture[str], kind: str, delimiter: str
+    logs: dict[str, Any], kind: str, delimiter: str
 ) -> None:
     del logs
-    before = reported(capsys)
+    before = reported()
     for name in NAMES:
         column, written = SPREADSHEETS[kind]
         rows = [row | {column: written(row.get(column, ""))} for row in rows_of(name)]
         save(name, [*rows, dict.fromkeys(rows[0], "")], delimiter)
-    assert reported(capsys) == before
+    assert reported() == before
 
 
-def test_another_systems_line_ends_change_no_result(logs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_systems_line_ends_change_no_result(logs: dict[str, Any]) -> None:
     """A decision by hand stays with its response, too."""
     del logs
     Path("reviews").mkdir()
     assert main(["review", "base-kd", "--export", "sheet.csv"]) == 0
     Path("sheet.csv").write_text(Path("sheet.csv").read_text().rstrip("\n") + "7\n")
     assert main(["review", "base-kd", "--import", "sheet.csv"]) == 0
-    before = reported(capsys)
+    before = reported()
     assert before["experiments"]["base-kd"]["runs"][0]["by_hand"] == 1
     for path in (*map(log, NAMES), Path("reviews/base-kd-1.csv")):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert reported(capsys) == before
+    assert reported() == before
 
 
 def foreign(rows: Rows) -> None:

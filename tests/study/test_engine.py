@@ -18,6 +18,7 @@ import dask
 import psutil
 import pytest
 from distributed import LocalCluster
+from forked import SAID, status
 from small_study import RATE, kd_study, run_to_end, small_study, write_study
 
 from kd.cli import STUDY_ENVIRONMENT, main
@@ -129,22 +130,21 @@ def test_a_study_that_is_stopped_and_loses_a_worker_goes_on_and_ends_in_the_same
     small["conditions"]["rate"]["students"] = ["base-kd"]
     small["questions"]["training"]["pairs"].pop()
     write_study(tmp_path, small)
-    first = kd_study("run", folder)
+    first = kd_study("run", tmp_path)
     said = tmp_path / "work/said/capture-self-aligned.log"
     wait_for(said.exists)
-    first.send_signal(signal.SIGTERM)
-    _, words = first.communicate(timeout=60)
-    assert (first.returncode, "terminated; what is done is kept, and the same command goes on" in words) == (143, True)
+    first.terminate()
+    assert status(first, 60) == 143
+    assert "terminated; what is done is kept, and the same command goes on" in (tmp_path / SAID).read_text()
     data = tmp_path / "work/tasks/data.json"
     assert "made" in json.loads(data.read_text())
     before = data.stat().st_mtime_ns
 
     with start_cluster() as cluster:
-        second = kd_study("run", folder, "--scheduler", cluster.scheduler_address)
+        second = kd_study("run", tmp_path, "--scheduler", cluster.scheduler_address)
         wait_for(lambda: worker_at("cohort-rate"))
         worker_at("cohort-rate")[0].kill()
-        _, words = second.communicate(timeout=300)
-    assert second.returncode == 0, words
+        assert status(second, 300) == 0, (tmp_path / SAID).read_text()
     assert data.stat().st_mtime_ns == before
     shutil.rmtree(tmp_path / "work/artifacts/capture-self-aligned")  # what only runs that are over needed may go
     assert main(["study", "run", folder]) == 0
@@ -251,8 +251,8 @@ def test_a_task_that_fails_is_named_what_needs_it_is_left_out_and_the_rest_goes_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAILS", "cohort-rate")
-    status, said = run_to_end("run", str(tmp_path), "--jobs", "2")
-    assert status == 1
+    ended, said = run_to_end("run", tmp_path, "--jobs", "2")
+    assert ended == 1
     assert "cohort-rate failed: no luck today" in said
     assert "stopped/base-kd-2 is left out, since cohort-rate failed" in said
     assert set(told(tmp_path, "ended")) == {"data", "capture-self-aligned", "untrained/matched"}
@@ -264,21 +264,21 @@ def test_a_task_that_fails_is_named_what_needs_it_is_left_out_and_the_rest_goes_
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals) -> None:
     monkeypatch.setenv("SECONDS", "60")
-    process = kd_study("run", str(tmp_path))
+    process = kd_study("run", tmp_path)
     wait_for(lambda: told(tmp_path, "began").get("data"))
+    assert process.pid
     children = [str(child.pid) for child in psutil.Process(process.pid).children(recursive=True)]
     assert told(tmp_path, "began")["data"][0] in children
-    process.send_signal(how)
-    process.communicate(timeout=60)
-    assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how)
+    os.kill(process.pid, how)
+    assert status(process, 60) == (-9 if how == signal.SIGKILL else 128 + how)
     wait_for(lambda: not alive(children), 5)
 
 
 @pytest.mark.usefixtures("small", "stand_in")
 def test_the_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECONDS", "60")
-    status, said = run_to_end("run", str(tmp_path), "--minutes", "0.02")
-    assert (status, "0 of 10 tasks are done; the same command goes on" in said) == (1, True)
+    ended, said = run_to_end("run", tmp_path, "--minutes", "0.02")
+    assert (ended, "0 of 10 tasks are done; the same command goes on" in said) == (1, True)
 
 
 @pytest.mark.usefixtures("small", "stand_in")
@@ -287,11 +287,11 @@ def test_a_stop_ends_what_runs_on_a_cluster_and_leaves_the_cluster(
 ) -> None:
     monkeypatch.setenv("SECONDS", "60")
     with start_cluster() as cluster:
-        process = kd_study("run", str(tmp_path), "--scheduler", cluster.scheduler_address)
+        process = kd_study("run", tmp_path, "--scheduler", cluster.scheduler_address)
         wait_for(lambda: told(tmp_path, "began").get("data"))
         running = told(tmp_path, "began")["data"]
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.terminate()
+        status(process, 60)
         wait_for(lambda: not alive(running), 5)
         assert len(cluster.scheduler_info["workers"]) == 2
     assert told(tmp_path, "ended") == {}

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # which the first forward imports: before the forks, not in each of them
 from commands import unfinished
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401  (likewise)
+from forked import begin, status, whole_seconds
 
 from kd.cli import main
 from kd.errors import UserError, WorkFailedError
@@ -61,76 +60,46 @@ def captured() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in STORE.iterdir()}
 
 
-def in_a_fresh_process(work: Callable[..., None], *arguments: Any) -> None:
-    """Run `work` where torch has no threads yet, so that it can fork; an assertion that fails there fails here."""
-    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-
-
-def fork_capture(**environment: str) -> int:
-    """Start `kd teacher base` with everything imported already; the process's id."""
-    child = os.fork()
-    if child:
-        return child
-    os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+def two_examples_a_shard() -> None:
     writer.SHARD_EXAMPLES = 2
-    torch.set_num_threads(1)  # more only get in each other's way with so small a model
-    os._exit(main(["teacher", "base"]))
 
 
-def uninterrupted() -> dict[str, bytes]:
-    """The files of a capture in one process, which is removed again."""
-    assert os.waitpid(fork_capture(), 0)[1] == 0
-    found = captured()
+def capture(**variables: str) -> BaseProcess:
+    """`kd teacher base`, begun, as a process of its own."""
+    return begin("teacher", "base", first=two_examples_a_shard, **variables)
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.often)])
+@pytest.mark.usefixtures("on_cpu")  # the kills are spread over a time of which a GPU spends all in starting
+def test_killed_at_random_points_the_next_runs_end_in_the_same_bytes(expected: dict[str, bytes], kills: int) -> None:
+    """Killed again and again until it comes through, and started over until it was killed enough."""
+    whole_s = whole_seconds("teacher", "base", first=two_examples_a_shard)
+    chance, killed, resumed = random.Random(0), 0, 0
     shutil.rmtree(STORE)
-    return found
-
-
-def kill_at_random_points(wanted: int) -> None:
-    """Kill a capture again and again until it comes through, compare, and start over until it was killed enough."""
-    began = time.monotonic()
-    expected = uninterrupted()
-    whole_s = time.monotonic() - began
-    chance, kills, resumed = random.Random(0), 0, 0
-    while kills < wanted:
+    while killed < kills:
         while not STORE.exists():
             resumed += any(PARTIAL.glob("*/states-*"))
-            child = fork_capture()
-            if kills < wanted:
+            process = capture()
+            if killed < kills:
                 time.sleep(chance.uniform(0.3, 1) * whole_s)
-                os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-            kills += os.WIFSIGNALED(status)
+                process.kill()
+            killed += status(process) == -signal.SIGKILL
         assert captured() == expected
-        assert os.waitpid(fork_capture(), 0)[1] == 0  # clears what one leaves that was killed behind its end
+        assert status(capture()) == 0  # clears what one leaves that was killed behind its end
         assert captured() == expected
         assert not unfinished()
         shutil.rmtree(STORE)
     assert resumed > 2  # or nothing was ever left to go on with
 
 
-def capture_with_two_processes() -> None:
-    expected = uninterrupted()
-    children = [fork_capture(RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+@pytest.mark.usefixtures("on_cpu")
+def test_two_processes_make_the_same_store_as_one(expected: dict[str, bytes]) -> None:
+    processes = [capture(RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    assert [status(process) for process in processes] == [0, 0]
     assert captured() == expected
-    late = fork_capture(SLURM_PROCID="1", SLURM_NTASKS="2")  # its part is done and in place
-    assert os.waitpid(late, 0)[1] == 0
+    late = capture(SLURM_PROCID="1", SLURM_NTASKS="2")  # its part is done and in place
+    assert status(late) == 0
     assert not unfinished()
-
-
-@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.often)])
-@pytest.mark.usefixtures("on_cpu", "ready")  # the kills are spread over a time of which a GPU spends all in starting
-def test_killed_at_random_points_the_next_runs_end_in_the_same_bytes(kills: int) -> None:
-    in_a_fresh_process(kill_at_random_points, kills)
-
-
-@pytest.mark.usefixtures("ready")
-def test_two_processes_make_the_same_store_as_one() -> None:
-    in_a_fresh_process(capture_with_two_processes)
 
 
 def no_space(*_: object) -> None:
