@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from commands import unfinished
-from forked import begin, status, whole_seconds
+from forked import begin, status
 
 from kd.cli import main
 from kd.errors import UserError, WorkFailedError
@@ -60,6 +60,10 @@ def captured() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in STORE.iterdir()}
 
 
+def shards_there() -> int:
+    return len(list(PARTIAL.glob("*/states-*")))
+
+
 def two_examples_a_shard() -> None:
     writer.SHARD_EXAMPLES = 2
 
@@ -70,18 +74,19 @@ def capture(**variables: str) -> BaseProcess:
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.often)])
-@pytest.mark.usefixtures("on_cpu")  # the kills are spread over a time of which a GPU spends all in starting
+@pytest.mark.usefixtures("on_cpu")
 def test_killed_at_random_points_the_next_runs_end_in_the_same_bytes(expected: dict[str, bytes], kills: int) -> None:
     """Killed again and again until it comes through, and started over until it was killed enough."""
-    whole_s = whole_seconds("teacher", "base", first=two_examples_a_shard)
     chance, killed, resumed = random.Random(0), 0, 0
-    shutil.rmtree(STORE)
     while killed < kills:
         while not STORE.exists():
-            resumed += any(PARTIAL.glob("*/states-*"))
+            resumed += bool(shards_there())
             process = capture()
             if killed < kills:
-                time.sleep(chance.uniform(0.3, 1) * whole_s)
+                more = shards_there() + chance.randrange(3)
+                while process.is_alive() and shards_there() < more:
+                    time.sleep(0.001)
+                time.sleep(chance.uniform(0, 0.02))
                 process.kill()
             killed += status(process) == -signal.SIGKILL
         assert captured() == expected
