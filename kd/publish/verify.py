@@ -17,10 +17,9 @@ from typing import Any
 
 from kd.config import load_config
 from kd.errors import UserError
-from kd.io.progress import progress
 from kd.io.text import decode, parse_json, refuse_folder
 from kd.publish.agreement import agreed_results
-from kd.publish.crate import CHUNK, SHOWN_BYTES
+from kd.publish.crate import CHUNK, shown
 from kd.publish.description import METADATA, WEIGHTS, Packed
 from kd.publish.lock import PARAMS
 
@@ -41,10 +40,12 @@ def verify(file: Path) -> str:
         members = _members(file, archive)
         described = _described(file, archive, members)
         _compare_names(file, set(members) - {METADATA}, {one.name for one in described})
-        for one in _shown(described):
-            _check(file, archive, members[one.name], one, Path(work))
+        total = sum(one.size for one in described)
+        with shown("verify", total) as advance:
+            for one in described:
+                _check(file, archive, members[one.name], one, Path(work))
+                advance(one.size)
         profile, rows = _check_table(file, Path(work))
-    total = sum(one.size for one in described)
     return (
         f"{file}: holds: {len(described)} files, {total:,} bytes, by size and SHA-256 and none beside them; the table "
         f"of profile {profile}, {rows} rows, comes out of its logs again"
@@ -126,18 +127,6 @@ def _compare_names(file: Path, there: set[str], described: set[str]) -> None:
         raise UserError(f"{file}: {name} is missing, which {METADATA} names; {AGAIN}")
     for name in sorted(there - described):
         raise UserError(f"{file}: {name} is in it, but not in {METADATA}; trust nothing of it")
-
-
-def _shown(described: list[Packed]) -> Iterator[Packed]:
-    """The files, with a bar where reading them takes a while."""
-    total = sum(one.size for one in described)
-    bar = progress((), "verify", "B", total, scale=True) if total > SHOWN_BYTES else None
-    for one in described:
-        yield one
-        if bar:
-            bar.update(one.size)
-    if bar:
-        bar.close()
 
 
 def _check(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, one: Packed, work: Path) -> None:

@@ -188,7 +188,7 @@ def test_a_published_log_under_another_name_is_refused(
     log.parent.mkdir()
     log.write_text("as published\n")
     write_lock()
-    monkeypatch.setattr("kd.publish.contents.SHA256", {"ai-KD.csv": hashlib.sha256(log.read_bytes()).hexdigest()})
+    monkeypatch.setattr("kd.publish.agreement.SHA256", {"ai-KD.csv": hashlib.sha256(log.read_bytes()).hexdigest()})
     said = refused(capsys, "crate", str(CRATE))
     assert said.startswith(f"kd: {log}: the paper's ai-KD.csv, which carries no licence")
     assert not CRATE.exists()
@@ -284,8 +284,7 @@ def test_captures_come_along_when_asked_for_and_without_the_teachers_head(
 def test_large_crates_show_how_far_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("crate", "verify"):
-        monkeypatch.setattr(f"kd.publish.{module}.SHOWN_BYTES", 0)
+    monkeypatch.setattr("kd.publish.crate.SHOWN_BYTES", 0)
     for command in ("crate", "verify"):
         assert main(["publish", command, str(CRATE)]) == 0
         assert f"{command}: 100%" in capsys.readouterr().err
