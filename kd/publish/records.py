@@ -17,6 +17,7 @@ from kd.machine.record import FOLDER
 from kd.publish.lock import Part, Stage
 
 CITATION = Path("CITATION.cff")
+MOVE = "move it away, or make its result again"
 SINGLE = {"inputs", "prepare", "head", "statistics", "report", "attention"}  # of which there is one
 
 
@@ -104,14 +105,19 @@ def read_records(config: Config, stages: Iterable[Stage]) -> list[Record]:
     by_command = {stage.cmd.removeprefix("python -m "): stage for stage in stages}
     found = []
     for file in _record_files(config):
-        document = read_json(file, "the record of a run", "move it away, or make its result again")
-        if not isinstance(document, dict):
-            raise UserError(f"{file}: not the record of a run; move it away, or make its result again")
-        made = validated(Made, document, str(file), "another record beside it")
+        made = read_made(file)
         stage = by_command.get(f"kd {_name(config, file).replace('/', ' ')}")
         reads, makes = ([one.path for one in paths] for paths in ((stage.deps, stage.outs) if stage else ((), ())))
         found.append(Record(file, made, reads, makes))
     return sorted(found, key=lambda record: (record.made.began, str(record.file)))
+
+
+def read_made(file: Path) -> Made:
+    """One record."""
+    document = read_json(file, "the record of a run", MOVE)
+    if not isinstance(document, dict):
+        raise UserError(f"{file}: not the record of a run; {MOVE}")
+    return validated(Made, document, str(file), "another record beside it")
 
 
 def read_citation() -> Citation:

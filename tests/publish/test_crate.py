@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -380,6 +381,8 @@ def link(name: str) -> ZipInfo:
         (("/etc/evil", b"x"), "'/etc/evil' is no name of a file within a crate"),
         (("a\\..\\evil", b"x"), "is no name of a file within a crate"),
         (("C:evil", b"x"), "is no name of a file within a crate"),
+        (("a/" * 120 + "b", b"x"), "is no name of a file within a crate"),
+        (("LICENSE/more", b"x"), "LICENSE is in it as a file and as a folder"),
         (("notes.txt", b"x"), "notes.txt is in it, but not in ro-crate-metadata.json"),
         ((link("params.link"), b"/etc/passwd"), "params.link is a link or a device"),
         (("LICENSE", b"mine"), "LICENSE is in it twice"),
@@ -407,6 +410,18 @@ def test_what_is_missing_or_no_crate_is_told(crate: Path, capsys: pytest.Capture
     assert "is a folder" in refused(capsys, "verify", ".")
     Path("text.zip").write_text("no zip")
     assert "no zip file, or cut" in refused(capsys, "verify", "text.zip")
+
+
+def test_a_full_disk_is_told_with_its_mend(
+    crate: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kd.publish.verify._check", full)
+    assert main(["publish", "verify", str(crate)]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("make room on that disk, or set TMPDIR to a folder on another")
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(crate: Path, capsys: pytest.CaptureFixture[str]) -> None:
