@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kd.config import Config, read_mapping, validated
 from kd.errors import UserError
-from kd.scoring.log import log_file
+from kd.machine.stages import stages_of
 
 LOCK = Path("dvc.lock")
 PARAMS = "params.yaml"  # as dvc.lock calls it
@@ -80,13 +80,7 @@ def dvc_md5(path: Path) -> str:
 
 def _results(config: Config) -> Iterator[Path]:
     """What the pipeline's stages make of these params, as far as it is there."""
-    folder = config.artifacts
-    paths = (
-        *(folder / name for name in ("inputs", "data", "statistics.json", "report", "attention")),
-        *(folder / "teacher" / name for name in ("head", *config.prompts)),
-        *(folder / "adapters" / run for run in config.adapters),
-        *(log_file(config, run) for run in config.experiments),
-    )
+    paths = (*(stage.target for stage in stages_of(config)), config.artifacts / "attention")
     return (path for path in paths if path.exists())
 
 
