@@ -730,6 +730,7 @@ def _publish_crate(config: Config, options: argparse.Namespace) -> None:
     from kd.publish.crate import make_crate
 
     _print(make_crate(config, options.params, options.file, stores=options.with_stores))
+    _say_folders(config)
 
 
 def _publish_verify(options: argparse.Namespace) -> None:
@@ -739,7 +740,7 @@ def _publish_verify(options: argparse.Namespace) -> None:
 
 
 def _publish_hub(config: Config, options: argparse.Namespace) -> None:
-    from kd.publish.hub import folders, plan, rows, upload
+    from kd.publish.hub import plan, rows, upload
     from kd.report.tables import aligned
 
     repositories = plan(config, options.params, options.repository, options.base_model)
@@ -748,9 +749,16 @@ def _publish_hub(config: Config, options: argparse.Namespace) -> None:
         print(f"kd: to cite: {repositories[0].address} at revision {repositories[0].tag}", file=sys.stderr)
         return
     _print(aligned(rows(repositories)))
+    _say_folders(config)
+    print("kd: nothing was sent; --upload sends it, and repositories that it makes are public", file=sys.stderr)
+
+
+def _say_folders(config: Config) -> None:
+    """What one may not want to publish, and cannot see in a list of files."""
+    from kd.publish.contents import folders
+
     if named := folders(config):
         print(f"kd: results and page name folders of this machine: {', '.join(named)}", file=sys.stderr)
-    print("kd: nothing was sent; --upload sends it, and repositories that it makes are public", file=sys.stderr)
 
 
 def _publish_samples(config: Config, options: argparse.Namespace) -> None:

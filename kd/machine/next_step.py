@@ -18,7 +18,7 @@ from kd.machine.stages import Stage, stages_of
 from kd.machine.version import CHECKOUT
 
 PIPELINE, PARAMS = Path("dvc.yaml"), Path("params.yaml")
-SESSIONS = {"mini", "single-gpu", "paper"}
+SESSIONS = {"mini": "nox -s mini", "single-gpu": "nox -s single-gpu", "paper": "nox -s paper"}
 SHOWN = 3  # names in a line
 
 
@@ -77,7 +77,7 @@ def _counted(stages: Sequence[Stage], missing: Sequence[Stage]) -> str:
 
 def _session(config: Config) -> str:
     """What makes everything: nox has a session for each profile of ours, and one for any other."""
-    return f"nox -s {config.profile if config.profile in SESSIONS else 'repro'}"
+    return SESSIONS.get(config.profile, "nox -s repro")
 
 
 def _finished(config: Config) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from kd.config import Config
+from kd.config import Config, FolderDataset, FolderModel
 from kd.errors import UserError
 from kd.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from kd.publish.lock import LOCK, PARAMS
@@ -54,6 +54,16 @@ def contents(config: Config, params: Path, records: Iterable[Record], *, stores:
 def report_files(config: Config) -> list[Path]:
     """The report's tables, charts and page."""
     return _below(config.artifacts / "report", REPORT_KINDS)
+
+
+def folders(config: Config) -> list[str]:
+    """The folders of this machine that stand in the results and on the page, by key."""
+    named = {
+        "dataset.path": config.dataset,
+        "teacher.model.path": config.teacher.model,
+        "student.model.path": config.student.model,
+    }
+    return [f"{key} {one.path}" for key, one in named.items() if isinstance(one, FolderDataset | FolderModel)]
 
 
 def _adapter_files(folder: Path) -> list[Path]:

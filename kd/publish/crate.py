@@ -38,6 +38,10 @@ def make_crate(config: Config, params: Path, target: Path, *, stores: bool) -> s
     """Write the crate of what `params`, read as `config`, made to `target`; returns a line about it."""
     if target.suffix != SUFFIX:
         raise UserError(f"{target}: a crate is a zip file; give it a name that ends in {SUFFIX}")
+    if target.absolute().is_relative_to(config.artifacts.absolute()):
+        raise UserError(
+            f"{target}: lies among the results and would change them; name a place outside {config.artifacts}"
+        )
     results, stages = publishable_results(config, params)
     records = read_records(config, stages)
     publication = Publication(config, results, read_citation(), records, _date(config, records))

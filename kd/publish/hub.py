@@ -29,7 +29,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from requests.adapters import HTTPAdapter
 
-from kd.config import BundledModel, Config, FolderDataset, FolderModel, HubModel
+from kd.config import BundledModel, Config, FolderModel, HubModel
 from kd.errors import UserError, WorkFailedError
 from kd.io.download import TIMEOUT_S, reason
 from kd.io.files import sha256
@@ -92,16 +92,6 @@ def rows(repositories: list[Repository]) -> list[tuple[str, ...]]:
             for path, content in one.files.items()
         ),
     ]
-
-
-def folders(config: Config) -> list[str]:
-    """The folders of this machine that stand in the results and on the page, by key."""
-    named = {
-        "dataset.path": config.dataset,
-        "teacher.model.path": config.teacher.model,
-        "student.model.path": config.student.model,
-    }
-    return [f"{key} {one.path}" for key, one in named.items() if isinstance(one, FolderDataset | FolderModel)]
 
 
 def upload(repositories: list[Repository]) -> list[tuple[str, ...]]:

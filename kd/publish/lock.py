@@ -60,7 +60,7 @@ def read_stages(config: Config, params: Path) -> list[Stage]:
             md5 = dvc_md5(path)
             made = [stage for stage in made if any(out.md5 == md5 and Path(out.path) == path for out in stage.outs)]
         if not made:
-            raise UserError(f"{path}: not what {LOCK} has of it; {REPRO}")
+            raise UserError(f"{path}: not what {LOCK} has of it; run `dvc checkout` to have that back, or `dvc repro`")
         for key, value in made[-1].params.get(PARAMS, {}).items():
             if _at(given, key) != value:
                 raise UserError(f"{params}: {key}: another value than {path} was made with ({LOCK}); {REPRO}")

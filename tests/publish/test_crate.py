@@ -234,7 +234,7 @@ def another_adapter() -> None:
         (another_length, "base-kd-1.csv: not what artifacts/mini/report/index.html was made of; run `dvc repro`"),
         (another_score, "not what the logs and params come to; run `dvc repro`"),
         (another_rate, "params.yaml: distill: another value than artifacts/mini/"),
-        (another_adapter, "adapters/base-kd-1: not what dvc.lock has of it; run `dvc repro`"),
+        (another_adapter, "adapters/base-kd-1: not what dvc.lock has of it; run `dvc checkout` to have that back"),
         (lambda: (ARTIFACTS / "runs/report.json").unlink(), "runs/report.json: no such file"),
         (lambda: shutil.rmtree("artifacts"), "report/results.json: no such file"),
         (lambda: Path("dvc.lock").unlink(), "dvc.lock: no such file; `dvc repro` writes it"),
@@ -253,8 +253,11 @@ def test_stale_or_missing_results_are_refused(
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_crate_is_called_a_zip(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_crate_is_called_a_zip_and_lies_beside_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give it a name that ends in .zip" in refused(capsys, "crate", "params.yaml")
+    within = ARTIFACTS / "report" / CRATE
+    assert f"{within}: lies among the results and would change them" in refused(capsys, "crate", str(within))
+    assert not within.exists()
 
 
 @pytest.mark.usefixtures("checkout")
@@ -273,7 +276,9 @@ def test_captures_come_along_when_asked_for_and_without_the_teachers_head(
     write_lock()
     capsys.readouterr()
     assert main(["publish", "crate", "with.zip", "--with-stores"]) == 0
-    assert "captures are 0.0 MB of with.zip" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "captures are 0.0 MB of with.zip" in said
+    assert f"folders of this machine: teacher.model.path {tiny_llama}, student.model.path {tiny_llama}\n" in said
     stores = {name for name in names(Path("with.zip")) if "/teacher/" in name and "/runs/" not in name}
     assert stores == {f"artifacts/mini/teacher/base/{name}" for name in ("manifest.json", "states-00000.safetensors")}
     assert main(["publish", "verify", "with.zip"]) == 0
