@@ -59,6 +59,8 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
     refuse_folder(file)
     if not file.exists():
         raise UserError(f"{file}: no such file; `kd publish crate` makes one")
+    if not file.is_file():  # which may have no end
+        raise UserError(f"{file}: a pipe or a device, where a crate is a file; save it as one")
     try:
         archive = zipfile.ZipFile(file)
     except BROKEN as error:

@@ -413,6 +413,7 @@ def test_what_is_missing_or_no_crate_is_told(crate: Path, capsys: pytest.Capture
     assert "is packed in a way that no crate is" in refused(capsys, "verify", str(packed))
     assert "no such file" in refused(capsys, "verify", "nowhere.zip")
     assert "is a folder" in refused(capsys, "verify", ".")
+    assert "/dev/zero: a pipe or a device" in refused(capsys, "verify", "/dev/zero")
     Path("text.zip").write_text("no zip")
     assert "no zip file, or cut" in refused(capsys, "verify", "text.zip")
 

@@ -422,6 +422,7 @@ def test_what_llama_made_has_its_name_notice_and_licence(capsys: pytest.CaptureF
         assert b"Llama 3.1 is licensed under the Llama 3.1 Community License" in bytes_of(one, "NOTICE")
         assert RepoCard(bytes_of(one, "README.md").decode()).data.get("license") == "llama3.1"
         assert b"Built with Llama." in bytes_of(one, "README.md")
+        assert b"arXiv:2412.17846" in bytes_of(one, "README.md")
 
 
 @pytest.mark.usefixtures("here")
