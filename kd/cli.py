@@ -687,13 +687,6 @@ def _store_tokens(config: Config, options: argparse.Namespace) -> None:
     write_tokens(config, options.file, options.prompt)
 
 
-def _publish_samples(config: Config, options: argparse.Namespace) -> None:
-    from kd.publish.samples import write_samples
-
-    written = write_samples(config, options.folder)
-    print(f"{options.folder}: {len(written)} files of {len(config.experiments)} runs", file=sys.stderr)
-
-
 def _study_run(options: argparse.Namespace) -> int:
     os.environ.update(STUDY_ENVIRONMENT)
     from kd.study.engine import run
@@ -737,6 +730,7 @@ def _publish_crate(config: Config, options: argparse.Namespace) -> None:
     from kd.publish.crate import make_crate
 
     _print(make_crate(config, options.params, options.file, stores=options.with_stores))
+    _say_folders(config)
 
 
 def _publish_verify(options: argparse.Namespace) -> None:
@@ -746,18 +740,32 @@ def _publish_verify(options: argparse.Namespace) -> None:
 
 
 def _publish_hub(config: Config, options: argparse.Namespace) -> None:
-    from kd.publish.hub import folders, plan, rows, upload
+    from kd.publish.hub import plan, rows, upload
     from kd.report.tables import aligned
 
-    repositories = plan(config, options.repository, options.base_model)
+    repositories = plan(config, options.params, options.repository, options.base_model)
     if options.upload:
         _print(aligned(upload(repositories)))
         print(f"kd: to cite: {repositories[0].address} at revision {repositories[0].tag}", file=sys.stderr)
         return
     _print(aligned(rows(repositories)))
+    _say_folders(config)
+    print("kd: nothing was sent; --upload sends it, and repositories that it makes are public", file=sys.stderr)
+
+
+def _say_folders(config: Config) -> None:
+    """What one may not want to publish, and cannot see in a list of files."""
+    from kd.publish.contents import folders
+
     if named := folders(config):
         print(f"kd: results and page name folders of this machine: {', '.join(named)}", file=sys.stderr)
-    print("kd: nothing was sent; --upload sends it, and repositories that it makes are public", file=sys.stderr)
+
+
+def _publish_samples(config: Config, options: argparse.Namespace) -> None:
+    from kd.publish.samples import write_samples
+
+    written = write_samples(config, options.folder)
+    print(f"{options.folder}: {len(written)} files of {len(config.experiments)} runs", file=sys.stderr)
 
 
 def _file_or_input(text: str) -> Path:

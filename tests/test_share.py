@@ -20,7 +20,7 @@ from params import keep
 from ruamel.yaml import YAML
 
 from kd.config import load_config
-from kd.machine.next_step import stages_of
+from kd.machine.stages import stages_of
 
 pytest.importorskip("dvc_s3", reason="needs the extra s3")
 server = pytest.importorskip("moto.server", reason="needs moto's S3 server")

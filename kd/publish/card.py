@@ -18,6 +18,10 @@ from kd.scoring.significance import wilson_interval
 
 TAGS = ["response-priming", "knowledge-distillation"]
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the Hub's original of the bundled model
+MADE_BY = (
+    "Made by kd, which reruns *Enhancing Knowledge Distillation for LLMs with Response-Priming Prompting* "
+    "([arXiv:2412.17846](https://arxiv.org/abs/2412.17846))."
+)
 _LLAMA = re.compile(r"llama-(3(?:\.\d)?)", re.IGNORECASE)
 
 
@@ -131,7 +135,7 @@ def notice(edition: Edition) -> str:
 
 
 def _card(metadata: ModelCardData | DatasetCardData, *parts: str) -> str:
-    return f"---\n{metadata.to_yaml()}\n---\n" + "\n\n".join(filter(None, parts)) + "\n"
+    return f"---\n{metadata.to_yaml()}\n---\n" + "\n\n".join(filter(None, (*parts, MADE_BY))) + "\n"
 
 
 def _evaluations(

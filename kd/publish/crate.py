@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
@@ -21,10 +21,10 @@ from kd.io.files import as_json, sha256, whole_file
 from kd.io.progress import progress
 from kd.io.text import read_text
 from kd.machine.record import FOLDER
-from kd.publish.agreement import agreed_results
-from kd.publish.contents import contents, refuse_published
+from kd.publish.agreement import publishable_results, refuse_published
+from kd.publish.contents import contents
 from kd.publish.description import METADATA, PREVIEW, Packed, description
-from kd.publish.lock import REPRO, read_stages
+from kd.publish.lock import REPRO
 from kd.publish.preview import preview
 from kd.publish.records import Publication, Record, read_citation, read_records
 
@@ -38,12 +38,17 @@ def make_crate(config: Config, params: Path, target: Path, *, stores: bool) -> s
     """Write the crate of what `params`, read as `config`, made to `target`; returns a line about it."""
     if target.suffix != SUFFIX:
         raise UserError(f"{target}: a crate is a zip file; give it a name that ends in {SUFFIX}")
-    results = agreed_results(config, REPRO)
-    records = read_records(config, read_stages(config, params))
+    if target.absolute().is_relative_to(config.artifacts.absolute()):
+        raise UserError(
+            f"{target}: lies among the results and would change them; name a place outside {config.artifacts}"
+        )
+    results, stages = publishable_results(config, params)
+    records = read_records(config, stages)
     publication = Publication(config, results, read_citation(), records, _date(config, records))
     files = contents(config, params, records, stores=stores)
     if stores:
-        size = sum(path.stat().st_size for name, path in files.items() if name.startswith(_captures(config)))
+        captures = config.artifacts / "teacher"
+        size = sum(path.stat().st_size for path in files.values() if path.is_relative_to(captures))
         print(f"kd: captures are {size / 1e6:.1f} MB of {target}", file=sys.stderr)
     chart = read_text(config.artifacts / "report" / "accuracy.svg", REPRO)
     with whole_file(target) as work:
@@ -66,22 +71,26 @@ def _date(config: Config, records: Iterable[Record]) -> datetime:
     raise UserError(f"{file}: no such file, so it is not known when the results were made; run `kd report`")
 
 
-def _captures(config: Config) -> str:
-    return f"{config.artifacts.as_posix()}/teacher/"
-
-
 def _pack_files(archive: zipfile.ZipFile, files: dict[str, Path]) -> Iterator[Packed]:
     """Write files under their names; each is refused where it is one of the paper's."""
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    total = sum(sizes.values())
-    with progress((), "crate", "B", total, scale=True) if total > SHOWN_BYTES else nullcontext() as bar:
+    with shown("crate", sum(sizes.values())) as advance:
         for name, path in files.items():
             with path.open("rb") as file:
                 packed = _pack(archive, name, file, sizes[name])
             refuse_published(path, packed.sha256)
-            if bar:
-                bar.update(packed.size)
+            advance(packed.size)
             yield packed
+
+
+@contextmanager
+def shown(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Show how far work on `total` bytes is, where that takes a while; the block calls it with the bytes done."""
+    if total <= SHOWN_BYTES:
+        yield lambda _: None
+        return
+    with progress((), what, "B", total, scale=True) as bar:
+        yield bar.update
 
 
 def _pack(archive: zipfile.ZipFile, name: str, file: IO[bytes], size: int) -> Packed:

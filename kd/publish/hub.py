@@ -6,7 +6,6 @@ adapter and its base model; a folder of one, its `subfolder`, it would look for 
 shows one table of results a repository.
 
 What goes is named one by one: an adapter's two files, the report's files by kind, the logs of the profile's runs.
-Adapters and logs must be those behind the report, whose page has their SHA-256.
 """
 
 from __future__ import annotations
@@ -30,17 +29,18 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from requests.adapters import HTTPAdapter
 
-from kd.config import BundledModel, Config, FolderDataset, FolderModel, HubModel
+from kd.config import BundledModel, Config, FolderModel, HubModel
 from kd.errors import UserError, WorkFailedError
 from kd.io.download import TIMEOUT_S, reason
-from kd.io.files import read_json, sha256
+from kd.io.files import sha256
 from kd.io.progress import catch_up, progress, show_state
 from kd.io.text import read_text
 from kd.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from kd.models.load import model_name
 from kd.models.settings import read_object
-from kd.models.weights import read_header
+from kd.publish.agreement import RESULTS, publishable_results, refuse_published
 from kd.publish.card import SMOLLM2, Edition, dataset_card, model_card, notice
+from kd.publish.contents import CARD, report_files
 from kd.scoring.log import log_file
 
 if TYPE_CHECKING:
@@ -48,12 +48,9 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 Content = bytes | Path
-CARD, NOTICE, PAGE, RESULTS = "README.md", "NOTICE", "report/index.html", "report/results.json"
-REPORTED = {".html", ".json", ".md", ".png", ".svg", ".tsv"}  # the kinds of a report's files
-MARKS = {"dataset": RESULTS, "model": ADAPTER_CONFIG}  # what a repository of ours has, once it has anything
+NOTICE = "NOTICE"
+MARKS = {"dataset": f"report/{RESULTS}", "model": ADAPTER_CONFIG}  # what a repository of ours has, once it has anything
 MADE_BY_HUB = {".gitattributes"}
-MADE_FROM = ("profile", "dataset", "student", "teacher")
-AFRESH = "run `kd report` again"
 AGAIN = "what was sent is kept, run the same command again"
 
 
@@ -72,17 +69,17 @@ class Repository:
         return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
 
 
-def plan(config: Config, repository: str, base: str | None = None) -> list[Repository]:
+def plan(config: Config, params: Path, repository: str, base: str | None = None) -> list[Repository]:
     """What would go to which repository, the dataset first. Nothing is asked of a network.
 
-    `base` is what the Hub calls a student that comes from a folder. UserError for a name that cannot be, for results
-    that are missing or not of these params, adapters and logs, and for what may not be passed on.
+    `config` is what `params` hold, and `base` what the Hub calls a student that comes from a folder. UserError for a
+    name that cannot be, for results that do not belong together, and for what may not be passed on.
     """
-    edition = Edition(config, _results(config), repository, _base(config, base))
+    results, _ = publishable_results(config, params)
+    edition = Edition(config, results, repository, _base(config, base))
     _check_names(edition)
-    page = read_text(config.artifacts / PAGE, AFRESH)
-    found = _dataset(edition, page)
-    return [found, *(_model(edition, run, page, found.tag) for run in config.adapters)]
+    found = _dataset(edition)
+    return [found, *(_model(edition, run, found.tag) for run in config.adapters)]
 
 
 def rows(repositories: list[Repository]) -> list[tuple[str, ...]]:
@@ -95,16 +92,6 @@ def rows(repositories: list[Repository]) -> list[tuple[str, ...]]:
             for path, content in one.files.items()
         ),
     ]
-
-
-def folders(config: Config) -> list[str]:
-    """The folders of this machine that stand in the results and on the page, by key."""
-    named = {
-        "dataset.path": config.dataset,
-        "teacher.model.path": config.teacher.model,
-        "student.model.path": config.student.model,
-    }
-    return [f"{key} {one.path}" for key, one in named.items() if isinstance(one, FolderDataset | FolderModel)]
 
 
 def upload(repositories: list[Repository]) -> list[tuple[str, ...]]:
@@ -169,48 +156,25 @@ def _check_name(name: str, what: str) -> None:
         raise UserError(f"{what}: {name} says no owner; expected OWNER/NAME, such as your-name/{name}")
 
 
-def _results(config: Config) -> dict[str, Any]:
-    """The document of the report, refused unless it is of these params."""
-    path, params = config.artifacts / RESULTS, config.model_dump()
-    found: dict[str, Any] = read_json(path, "what `kd report` writes", AFRESH)
-    other = [key for key in MADE_FROM if found.get(key) != params[key]]
-    if not other:
-        runs = {name: [run["name"] for run in one["runs"]] for name, one in found["experiments"].items()}
-        other = [] if runs == {name: list(one.values()) for name, one in config.runs.items()} else ["students or seeds"]
-    if other:
-        raise UserError(f"{path}: made with other params ({', '.join(other)}); {AFRESH}")
-    return found
-
-
-def _dataset(edition: Edition, page: str) -> Repository:
+def _dataset(edition: Edition) -> Repository:
     """The dataset repository: card, report and logs."""
     config = edition.config
-    report, logs = config.artifacts / "report", (log_file(config, run) for run in config.experiments)
+    paths = [*(log_file(config, run) for run in config.experiments), *report_files(config)]
+    for path in paths:
+        refuse_published(path, sha256(path))
     files: dict[str, Content] = {CARD: dataset_card(edition).encode()}
-    for path in logs:
-        _check_reported(path, page)
-        files[f"logs/{path.name}"] = path
-    for path in sorted(report.rglob("*")):
-        if path.is_file() and path.suffix in REPORTED:
-            files[f"report/{path.relative_to(report).as_posix()}"] = path
+    files |= {path.relative_to(config.artifacts).as_posix(): path for path in paths}
     files |= _notice(edition)
     return Repository(edition.repository, "dataset", files, _tag(files))
 
 
-def _model(edition: Edition, run: str, page: str, revision: str) -> Repository:
+def _model(edition: Edition, run: str, revision: str) -> Repository:
     """The model repository of a run's adapter."""
     folder, again = edition.config.artifacts / "adapters" / run, f"run `kd train {run}` again"
-    settings, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
-    written = read_text(folder / CARD, again)
-    for path in (settings, weights):
-        _check_reported(path, page)
-    for name in read_header(weights, again).tensors:
-        if ".lora_A." not in name and ".lora_B." not in name:
-            raise UserError(f"{weights}: {name} is no part of a LoRA adapter, and a model's weights stay here; {again}")
     files: dict[str, Content] = {
-        CARD: model_card(edition, run, written, revision).encode(),
-        ADAPTER_CONFIG: _settings(edition, settings, again),
-        ADAPTER_WEIGHTS: weights,
+        CARD: model_card(edition, run, read_text(folder / CARD, again), revision).encode(),
+        ADAPTER_CONFIG: _settings(edition, folder / ADAPTER_CONFIG, again),
+        ADAPTER_WEIGHTS: folder / ADAPTER_WEIGHTS,
     }
     return Repository(edition.repository_of(run), "model", files | _notice(edition))
 
@@ -226,14 +190,6 @@ def _settings(edition: Edition, path: Path, again: str) -> Content:
 def _notice(edition: Edition) -> dict[str, Content]:
     text = notice(edition)
     return {NOTICE: text.encode()} if text else {}
-
-
-def _check_reported(path: Path, page: str) -> None:
-    """Refuse a file that is not there, or not the one that the report was made of."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run `dvc repro`, which makes what is missing")
-    if sha256(path) not in page:
-        raise UserError(f"{path}: not the file that the report was made of; run `dvc repro`, or else `kd report`")
 
 
 def _tag(files: Mapping[str, Content]) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kd.config import Config, read_mapping, validated
 from kd.errors import UserError
-from kd.scoring.log import log_file
+from kd.machine.stages import stages_of
 
 LOCK = Path("dvc.lock")
 PARAMS = "params.yaml"  # as dvc.lock calls it
@@ -60,7 +60,7 @@ def read_stages(config: Config, params: Path) -> list[Stage]:
             md5 = dvc_md5(path)
             made = [stage for stage in made if any(out.md5 == md5 and Path(out.path) == path for out in stage.outs)]
         if not made:
-            raise UserError(f"{path}: not what {LOCK} has of it; {REPRO}")
+            raise UserError(f"{path}: not what {LOCK} has of it; run `dvc checkout` to have that back, or `dvc repro`")
         for key, value in made[-1].params.get(PARAMS, {}).items():
             if _at(given, key) != value:
                 raise UserError(f"{params}: {key}: another value than {path} was made with ({LOCK}); {REPRO}")
@@ -80,13 +80,7 @@ def dvc_md5(path: Path) -> str:
 
 def _results(config: Config) -> Iterator[Path]:
     """What the pipeline's stages make of these params, as far as it is there."""
-    folder = config.artifacts
-    paths = (
-        *(folder / name for name in ("inputs", "data", "statistics.json", "report", "attention")),
-        *(folder / "teacher" / name for name in ("head", *config.prompts)),
-        *(folder / "adapters" / run for run in config.adapters),
-        *(log_file(config, run) for run in config.experiments),
-    )
+    paths = (*(stage.target for stage in stages_of(config)), config.artifacts / "attention")
     return (path for path in paths if path.exists())
 
 

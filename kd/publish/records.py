@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,10 +14,12 @@ from kd.config import Config, read_mapping, validated
 from kd.errors import UserError
 from kd.io.files import read_json
 from kd.machine.record import FOLDER
+from kd.machine.stages import stages_of
 from kd.publish.lock import Part, Stage
 
 CITATION = Path("CITATION.cff")
-SINGLE = {"inputs", "prepare", "head", "statistics", "report", "attention"}  # of which there is one
+MOVE = "move it away, or make its result again"
+ATTENTION = "kd attention"  # a stage that the table does not wait for
 
 
 class Made(Part):
@@ -102,16 +104,24 @@ class Publication:
 def read_records(config: Config, stages: Iterable[Stage]) -> list[Record]:
     """The records of this profile's results, in the order in which those were begun."""
     by_command = {stage.cmd.removeprefix("python -m "): stage for stage in stages}
+    known = {stage.command for stage in stages_of(config)} | {ATTENTION}
     found = []
-    for file in _record_files(config):
-        document = read_json(file, "the record of a run", "move it away, or make its result again")
-        if not isinstance(document, dict):
-            raise UserError(f"{file}: not the record of a run; move it away, or make its result again")
-        made = validated(Made, document, str(file), "another record beside it")
-        stage = by_command.get(f"kd {_name(config, file).replace('/', ' ')}")
+    for file in sorted((config.artifacts / FOLDER).rglob("*.json")):
+        command = _command(config, file)
+        if command not in known:  # of an earlier seed or prompt, or none of the pipeline's
+            continue
+        made, stage = read_made(file), by_command.get(command)
         reads, makes = ([one.path for one in paths] for paths in ((stage.deps, stage.outs) if stage else ((), ())))
         found.append(Record(file, made, reads, makes))
     return sorted(found, key=lambda record: (record.made.began, str(record.file)))
+
+
+def read_made(file: Path) -> Made:
+    """One record."""
+    document = read_json(file, "the record of a run", MOVE)
+    if not isinstance(document, dict):
+        raise UserError(f"{file}: not the record of a run; {MOVE}")
+    return validated(Made, document, str(file), "another record beside it")
 
 
 def read_citation() -> Citation:
@@ -120,21 +130,8 @@ def read_citation() -> Citation:
     return validated(Citation, document, str(CITATION), "the Citation File Format")
 
 
-def _record_files(config: Config) -> Iterator[Path]:
-    """The records of what params name: those of an earlier seed or prompt stay behind."""
-    named: Mapping[str, Any] = {
-        "teacher": config.prompts,
-        "train": config.adapters,
-        "assess": config.experiments,
-    }
-    for file in sorted((config.artifacts / FOLDER).rglob("*.json")):
-        kind, _, of = _name(config, file).partition("/")
-        if of in named.get(kind, ()) if of else kind in SINGLE:
-            yield file
-
-
-def _name(config: Config, file: Path) -> str:
-    """What is recorded, such as train/base-kd-1; of several processes each adds its rank."""
-    name = file.relative_to(config.artifacts / FOLDER).with_suffix("").as_posix()
-    before, _, rank = name.rpartition(".")
-    return before if rank.isdecimal() and before else name
+def _command(config: Config, file: Path) -> str:
+    """The command that a file records, such as `kd train base-kd-1`; of several processes each adds its rank."""
+    name = file.relative_to(config.artifacts / FOLDER).with_suffix("")
+    name = name.with_suffix("") if name.suffix[1:].isdecimal() else name
+    return " ".join(("kd", *name.parts))

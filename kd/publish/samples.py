@@ -18,9 +18,10 @@ from typing import Any
 
 from kd.config import Config, Experiment
 from kd.errors import UserError
-from kd.io.files import read_json, write_whole_file
+from kd.io.files import write_whole_file
 from kd.machine.record import FOLDER as RECORDS
 from kd.models.load import model_name
+from kd.publish.records import read_made
 from kd.scoring.log import Answered, read_answered
 from kd.scoring.review import NO_ANSWER
 
@@ -139,12 +140,7 @@ def _assessed_at(config: Config, run: str) -> datetime:
     path = config.artifacts / RECORDS / "assess" / f"{run}.json"
     if not path.exists():
         return NOT_KNOWN
-    record = read_json(path, "the record that `kd assess` writes", "remove it")
-    ended = record.get("ended") if isinstance(record, dict) else None
-    try:
-        return datetime.fromisoformat(str(ended)).astimezone(UTC)
-    except ValueError:
-        raise UserError(f"{path}: ended is {ended!r}, no time; remove the file") from None
+    return read_made(path).ended.astimezone(UTC)
 
 
 def _sha256(text: str) -> str:

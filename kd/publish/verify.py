@@ -16,16 +16,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from kd.config import load_config
-from kd.errors import UserError
-from kd.io.progress import progress
+from kd.errors import UserError, WorkFailedError
+from kd.io.files import full_disk
 from kd.io.text import decode, parse_json, refuse_folder
 from kd.publish.agreement import agreed_results
-from kd.publish.crate import CHUNK, SHOWN_BYTES
+from kd.publish.crate import CHUNK, shown
 from kd.publish.description import METADATA, WEIGHTS, Packed
 from kd.publish.lock import PARAMS
 
 AGAIN = "fetch it again"
-NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)*", re.ASCII)  # no way out of a folder: no "..", no root, no drive
+# No way out of a folder (no "..", no root, no drive), and no longer than every system takes.
+NAME = re.compile(r"(?=.{1,240}\Z)[\w-][\w.-]*(?:/[\w-][\w.-]*)*", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")
 METADATA_BYTES = 64 * 2**20  # that of the paper's profile has less than one
 SWELLING = 100  # times a zip's own size: more than any text of ours can be compressed, less than a bomb is
@@ -37,14 +38,16 @@ BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplemented
 
 def verify(file: Path) -> str:
     """A line that says what holds of the crate in `file`; a UserError names what does not."""
-    with _opened(file) as archive, TemporaryDirectory(prefix="kd-") as work:
+    with _opened(file) as archive, _room() as work:
         members = _members(file, archive)
         described = _described(file, archive, members)
         _compare_names(file, set(members) - {METADATA}, {one.name for one in described})
-        for one in _shown(described):
-            _check(file, archive, members[one.name], one, Path(work))
-        profile, rows = _check_table(file, Path(work))
-    total = sum(one.size for one in described)
+        total = sum(one.size for one in described)
+        with shown("verify", total) as advance:
+            for one in described:
+                _check(file, archive, members[one.name], one, work)
+                advance(one.size)
+        profile, rows = _check_table(file, work)
     return (
         f"{file}: holds: {len(described)} files, {total:,} bytes, by size and SHA-256 and none beside them; the table "
         f"of profile {profile}, {rows} rows, comes out of its logs again"
@@ -56,12 +59,28 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
     refuse_folder(file)
     if not file.exists():
         raise UserError(f"{file}: no such file; `kd publish crate` makes one")
+    if not file.is_file():  # which may have no end
+        raise UserError(f"{file}: a pipe or a device, where a crate is a file; save it as one")
     try:
         archive = zipfile.ZipFile(file)
     except BROKEN as error:
         raise UserError(f"{file}: no zip file, or cut ({error}); {AGAIN}") from None
     with archive:
         yield archive
+
+
+@contextmanager
+def _room() -> Iterator[Path]:
+    """A folder to unpack into, while the block lasts."""
+    with TemporaryDirectory(prefix="kd-") as work:
+        try:
+            yield Path(work)
+        except OSError as error:
+            if not full_disk(error):
+                raise
+            raise WorkFailedError(
+                f"{work}: no room to unpack a crate; make room on that disk, or set TMPDIR to a folder on another"
+            ) from None
 
 
 def _members(file: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -83,6 +102,9 @@ def _members(file: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
         names = [info.filename for info in infos]
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{file}: {twice} is in it twice; trust nothing of it")
+    for name in members:
+        if inner := next((str(folder) for folder in PurePosixPath(name).parents if str(folder) in members), None):
+            raise UserError(f"{file}: {inner} is in it as a file and as a folder; trust nothing of it")
     if sum(info.file_size for info in infos) > SWELLING * file.stat().st_size:
         raise UserError(f"{file}: unpacks to more than {SWELLING} times its size; trust nothing of it")
     return members
@@ -126,18 +148,6 @@ def _compare_names(file: Path, there: set[str], described: set[str]) -> None:
         raise UserError(f"{file}: {name} is missing, which {METADATA} names; {AGAIN}")
     for name in sorted(there - described):
         raise UserError(f"{file}: {name} is in it, but not in {METADATA}; trust nothing of it")
-
-
-def _shown(described: list[Packed]) -> Iterator[Packed]:
-    """The files, with a bar where reading them takes a while."""
-    total = sum(one.size for one in described)
-    bar = progress((), "verify", "B", total, scale=True) if total > SHOWN_BYTES else None
-    for one in described:
-        yield one
-        if bar:
-            bar.update(one.size)
-    if bar:
-        bar.close()
 
 
 def _check(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, one: Packed, work: Path) -> None:

@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from kd.cli import main
 from kd.config import load_config
 from kd.machine import next_step
-from kd.machine.next_step import Stage
+from kd.machine.stages import Stage, stages_of
 
 MINI = Path("artifacts/mini")
 HEAVY = {"torch", "transformers", "peft", "numpy", "scipy", "matplotlib", "dvc", "huggingface_hub"}
@@ -51,7 +51,7 @@ def experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any
 
 
 def stages() -> list[Stage]:
-    return list(next_step.stages_of(load_config(Path("params.yaml"))))
+    return list(stages_of(load_config(Path("params.yaml"))))
 
 
 def make(*kept: Stage) -> None:

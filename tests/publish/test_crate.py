@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -188,7 +189,7 @@ def test_a_published_log_under_another_name_is_refused(
     log.parent.mkdir()
     log.write_text("as published\n")
     write_lock()
-    monkeypatch.setattr("kd.publish.contents.SHA256", {"ai-KD.csv": hashlib.sha256(log.read_bytes()).hexdigest()})
+    monkeypatch.setattr("kd.publish.agreement.SHA256", {"ai-KD.csv": hashlib.sha256(log.read_bytes()).hexdigest()})
     said = refused(capsys, "crate", str(CRATE))
     assert said.startswith(f"kd: {log}: the paper's ai-KD.csv, which carries no licence")
     assert not CRATE.exists()
@@ -233,7 +234,7 @@ def another_adapter() -> None:
         (another_length, "base-kd-1.csv: not what artifacts/mini/report/index.html was made of; run `dvc repro`"),
         (another_score, "not what the logs and params come to; run `dvc repro`"),
         (another_rate, "params.yaml: distill: another value than artifacts/mini/"),
-        (another_adapter, "adapters/base-kd-1: not what dvc.lock has of it; run `dvc repro`"),
+        (another_adapter, "adapters/base-kd-1: not what dvc.lock has of it; run `dvc checkout` to have that back"),
         (lambda: (ARTIFACTS / "runs/report.json").unlink(), "runs/report.json: no such file"),
         (lambda: shutil.rmtree("artifacts"), "report/results.json: no such file"),
         (lambda: Path("dvc.lock").unlink(), "dvc.lock: no such file; `dvc repro` writes it"),
@@ -252,8 +253,11 @@ def test_stale_or_missing_results_are_refused(
 
 
 @pytest.mark.usefixtures("checkout")
-def test_a_crate_is_called_a_zip(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_crate_is_called_a_zip_and_lies_beside_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give it a name that ends in .zip" in refused(capsys, "crate", "params.yaml")
+    within = ARTIFACTS / "report" / CRATE
+    assert f"{within}: lies among the results and would change them" in refused(capsys, "crate", str(within))
+    assert not within.exists()
 
 
 @pytest.mark.usefixtures("checkout")
@@ -272,7 +276,9 @@ def test_captures_come_along_when_asked_for_and_without_the_teachers_head(
     write_lock()
     capsys.readouterr()
     assert main(["publish", "crate", "with.zip", "--with-stores"]) == 0
-    assert "captures are 0.0 MB of with.zip" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "captures are 0.0 MB of with.zip" in said
+    assert f"folders of this machine: teacher.model.path {tiny_llama}, student.model.path {tiny_llama}\n" in said
     stores = {name for name in names(Path("with.zip")) if "/teacher/" in name and "/runs/" not in name}
     assert stores == {f"artifacts/mini/teacher/base/{name}" for name in ("manifest.json", "states-00000.safetensors")}
     assert main(["publish", "verify", "with.zip"]) == 0
@@ -284,8 +290,7 @@ def test_captures_come_along_when_asked_for_and_without_the_teachers_head(
 def test_large_crates_show_how_far_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("crate", "verify"):
-        monkeypatch.setattr(f"kd.publish.{module}.SHOWN_BYTES", 0)
+    monkeypatch.setattr("kd.publish.crate.SHOWN_BYTES", 0)
     for command in ("crate", "verify"):
         assert main(["publish", command, str(CRATE)]) == 0
         assert f"{command}: 100%" in capsys.readouterr().err
@@ -381,6 +386,8 @@ def link(name: str) -> ZipInfo:
         (("/etc/evil", b"x"), "'/etc/evil' is no name of a file within a crate"),
         (("a\\..\\evil", b"x"), "is no name of a file within a crate"),
         (("C:evil", b"x"), "is no name of a file within a crate"),
+        (("a/" * 120 + "b", b"x"), "is no name of a file within a crate"),
+        (("LICENSE/more", b"x"), "LICENSE is in it as a file and as a folder"),
         (("notes.txt", b"x"), "notes.txt is in it, but not in ro-crate-metadata.json"),
         ((link("params.link"), b"/etc/passwd"), "params.link is a link or a device"),
         (("LICENSE", b"mine"), "LICENSE is in it twice"),
@@ -406,8 +413,21 @@ def test_what_is_missing_or_no_crate_is_told(crate: Path, capsys: pytest.Capture
     assert "is packed in a way that no crate is" in refused(capsys, "verify", str(packed))
     assert "no such file" in refused(capsys, "verify", "nowhere.zip")
     assert "is a folder" in refused(capsys, "verify", ".")
+    assert "/dev/zero: a pipe or a device" in refused(capsys, "verify", "/dev/zero")
     Path("text.zip").write_text("no zip")
     assert "no zip file, or cut" in refused(capsys, "verify", "text.zip")
+
+
+def test_a_full_disk_is_told_with_its_mend(
+    crate: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kd.publish.verify._check", full)
+    assert main(["publish", "verify", str(crate)]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("make room on that disk, or set TMPDIR to a folder on another")
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(crate: Path, capsys: pytest.CaptureFixture[str]) -> None:

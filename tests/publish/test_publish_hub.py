@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from crates import write_lock
 from huggingface_hub import ModelCard, RepoCard, configure_http_backend
 from params import keep
 from ruamel.yaml import YAML
 from upload_server import ME, MY_TOKEN, Asked, Stored, UploadHub
 
 from kd.cli import main
-from kd.config import load_config
+from kd.config import Config, load_config
+from kd.publish.card import Edition, model_card
 from kd.publish.hub import Repository, plan
 
 NAME, BASE = f"{ME}/tiny", f"{ME}/tiny-llama"
@@ -43,6 +46,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
         YAML().dump(params, Path("params.yaml"))
         for stage in (*stages, "report"):
             assert main(stage.split()) == 0
+        write_lock()
     return folder
 
 
@@ -127,19 +131,20 @@ def test_the_hubs_own_reader_finds_the_results_in_a_card(hub: UploadHub) -> None
         assert str(Path(results()["student"]["model"]["path"]).parent) not in read.content
 
 
-def test_a_card_has_the_figures_of_its_run_and_whether_it_collapsed(hub: UploadHub) -> None:
-    path, found = Path("artifacts/mini/report/results.json"), results()
+@pytest.mark.usefixtures("here")
+def test_a_card_has_the_figures_of_its_run_and_whether_it_collapsed() -> None:
+    found = results()
     student = found["experiments"]["base-kd"]
     student |= {"collapsed": [2], "accuracy": 0.375}
     student["runs"][1] |= {"correct": 3, "accuracy": 0.75}
     student["runs"][0]["signs"], student["runs"][1]["signs"] = [], [{"by": "loss", "first": 1.5, "last": 9.25}]
-    path.write_text(json.dumps(found))
-    assert main(UPLOAD) == 0
-    assert "**This run collapsed**: its training loss rose from 1.5 to 9.25." in card(hub, "base-kd-2").text
-    assert "This run collapsed" not in card(hub, "base-kd-1").text
-    assert "1 collapsed (seed 2)" in card(hub, "base-kd-1").text
-    assert [one.metric_value for one in card(hub, "base-kd-2").data.eval_results] == [0.75, 0.375]
-    assert "This run has 3 of 4 test questions right, 75.00%" in card(hub, "base-kd-2").text
+    edition = Edition(load_config(Path("params.yaml")), found, NAME, BASE)
+    first, second = (ModelCard(model_card(edition, run, "", "kd-0")) for run in RUNS)
+    assert "**This run collapsed**: its training loss rose from 1.5 to 9.25." in second.text
+    assert "This run collapsed" not in first.text
+    assert "1 collapsed (seed 2)" in first.text
+    assert [one.metric_value for one in second.data.eval_results] == [0.75, 0.375]
+    assert "This run has 3 of 4 test questions right, 75.00%" in second.text
 
 
 def test_the_dataset_has_page_and_results_and_loads_by_run(hub: UploadHub, here: Path) -> None:
@@ -307,14 +312,19 @@ def test_a_repository_with_other_work_is_not_written_over(hub: UploadHub, capsys
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda: Path("artifacts/mini/logs/base-kd-1.csv").write_text("a published log\n"), "base-kd-1.csv: not the"),
-        (lambda: spoil("adapters/base-kd-2/adapter_model.safetensors"), "adapter_model.safetensors: not the file"),
+        (lambda: Path("artifacts/mini/logs/base-kd-1.csv").write_text("a published log\n"), "base-kd-1.csv: no column"),
+        (lambda: spoil("adapters/base-kd-2/adapter_model.safetensors"), "base-kd-2: not what dvc.lock has of it"),
+        (lambda: shorten("logs/base-kd-2.csv"), "base-kd-2.csv: not what artifacts/mini/report/index.html was made of"),
         (
             lambda: Path("artifacts/mini/adapters/base-kd-2/adapter_config.json").unlink(),
-            "no such file; run `dvc repro`",
+            "no such file; run `kd train base-kd-2`",
         ),
+        (lambda: Path("artifacts/mini/report/notes.md").write_text("mine\n"), "report: not what dvc.lock has of it"),
+        (lambda: Path("artifacts/mini/report/results.json").write_text("[]"), "results.json: not what the logs and"),
+        (lambda: count_one_more(), "experiments.base-kd.runs.0.correct: not what the logs and params come to"),
         (lambda: Path("artifacts/mini/report/results.json").unlink(), "it should hold what `kd report` writes"),
-        (lambda: set_param("seeds", [1, 3]), "made with other params (students or seeds); run `kd report` again"),
+        (lambda: set_param("seeds", [1, 3]), "base-kd-3.csv: no such file; run `kd assess base-kd-3`"),
+        (lambda: set_param("distill.learning_rate", 0.5), "params.yaml: distill: another value than artifacts/mini/"),
         (lambda: set_param("profile", "mini2"), "artifacts/mini2/report/results.json: no such file"),
     ],
 )
@@ -332,9 +342,26 @@ def spoil(name: str) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"0")
 
 
+def shorten(name: str) -> None:
+    """Another count of tokens, which no figure hangs on, and dvc.lock made to fit."""
+    path = Path("artifacts/mini", name)
+    path.write_text(path.read_text().replace(",4,True", ",3,True"))
+    write_lock()
+
+
+def count_one_more() -> None:
+    found = results()
+    found["experiments"]["base-kd"]["runs"][0]["correct"] += 1
+    Path("artifacts/mini/report/results.json").write_text(json.dumps(found))
+
+
 def set_param(key: str, value: Any) -> None:
     params = YAML(typ="safe").load(Path("params.yaml"))
-    params[key] = value
+    *parents, last = key.split(".")
+    of = params
+    for parent in parents:
+        of = of[parent]
+    of[last] = value
     YAML().dump(params, Path("params.yaml"))
 
 
@@ -343,12 +370,25 @@ def test_weights_of_a_model_stay(tiny_llama: Path, capsys: pytest.CaptureFixture
     shutil.copy(tiny_llama / "model.safetensors", "artifacts/mini/adapters/base-kd-1/adapter_model.safetensors")
     assert main(["report"]) == 0
     assert main(DRY) == 2
-    assert "is no part of a LoRA adapter, and a model's weights stay here" in capsys.readouterr().err
+    assert "not of a LoRA adapter, and a model's weights stay here" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_published_log_under_another_name_stays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Path("artifacts/mini/report/ai-KD.tsv")
+    log.write_text("as published\n")
+    write_lock()
+    monkeypatch.setattr("kd.publish.agreement.SHA256", {"ai-KD.csv": hashlib.sha256(log.read_bytes()).hexdigest()})
+    assert main(DRY) == 2
+    assert f"kd: {log}: the paper's ai-KD.csv, which carries no licence" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("here")
 def test_stores_weights_and_published_logs_are_never_listed(capsys: pytest.CaptureFixture[str]) -> None:
     Path("artifacts/mini/report/model.safetensors").write_bytes(b"weights")
+    write_lock()
     assert main(DRY) == 0
     listed = capsys.readouterr().out
     assert not [word for word in ("states-", "head.", "ai-KD", "train.jsonl", "model.safetensors ") if word in listed]
@@ -378,24 +418,21 @@ def test_what_llama_made_has_its_name_notice_and_licence(capsys: pytest.CaptureF
     llama = "meta-llama/Llama-3.1-8B-Instruct"
     assert main(["publish", "hub", NAME, "--base-model", llama]) == 2
     assert "choose someone/Llama-tiny" in capsys.readouterr().err
-    for one in plan(load_config(Path("params.yaml")), "someone/Llama-tiny", llama):
+    for one in plan(*read_params(), "someone/Llama-tiny", llama):
         assert b"Llama 3.1 is licensed under the Llama 3.1 Community License" in bytes_of(one, "NOTICE")
         assert RepoCard(bytes_of(one, "README.md").decode()).data.get("license") == "llama3.1"
         assert b"Built with Llama." in bytes_of(one, "README.md")
+        assert b"arXiv:2412.17846" in bytes_of(one, "README.md")
 
 
 @pytest.mark.usefixtures("here")
 def test_data_and_models_of_the_hub_have_their_names_and_revisions() -> None:
     data = {"source": "hub", "name": "openai/gsm8k", "revision": "e" * 40}
-    path, found = Path("artifacts/mini/report/results.json"), results()
-    for key, value in (
-        ("dataset", data | {"answers": "main", "train_rows": 6, "test_rows": 4}),
-        ("student", {"model": {"source": "bundled"}, "dtype": "float32"}),
-    ):
-        set_param(key, value)
-        found[key] = value
-    path.write_text(json.dumps(found))
-    dataset, adapter, _ = plan(load_config(Path("params.yaml")), NAME)
+    set_param("dataset", data | {"answers": "main", "train_rows": 6, "test_rows": 4})
+    set_param("student", {"model": {"source": "bundled"}, "dtype": "float32"})
+    assert main(["report"]) == 0
+    write_lock()
+    dataset, adapter, _ = plan(*read_params(), NAME)
     read = ModelCard(bytes_of(adapter, "README.md").decode())
     one = read.data.eval_results[0]
     assert (one.dataset_type, one.dataset_config, one.dataset_revision) == ("openai/gsm8k", "main", "e" * 40)
@@ -403,6 +440,11 @@ def test_data_and_models_of_the_hub_have_their_names_and_revisions() -> None:
     assert read.data.datasets == ["openai/gsm8k"]
     assert (read.data.base_model, read.data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
     assert json.loads(bytes_of(adapter, "adapter_config.json"))["base_model_name_or_path"] == read.data.base_model
+
+
+def read_params() -> tuple[Config, Path]:
+    path = Path("params.yaml")
+    return load_config(path), path
 
 
 def bytes_of(repository: Repository, path: str) -> bytes:

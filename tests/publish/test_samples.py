@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -14,6 +15,7 @@ from params import experiments, keep, run_of
 from rows import prepare_tests
 
 from kd.cli import main
+from kd.machine.record import made_here
 from kd.scoring.log import Response, log_text
 from kd.scoring.review import response_sha256
 
@@ -101,10 +103,14 @@ def test_results_are_what_the_lines_come_to() -> None:
 
 
 @pytest.mark.usefixtures("published")
-def test_a_decision_by_hand_and_the_assessment_s_time_are_in_them() -> None:
+def test_a_decision_by_hand_and_the_assessment_s_time_are_in_them(capsys: pytest.CaptureFixture[str]) -> None:
     record = Path("artifacts/mini/runs/assess/base-kd-1.json")
+    made = made_here(datetime.now().astimezone())
     record.parent.mkdir(parents=True)
-    record.write_text(json.dumps({"ended": "2026-11-27T14:14:15+01:00"}))
+    record.write_text(json.dumps(made | {"ended": "2026-11-27T14:14:15"}))
+    assert main(["publish", "samples", "out"]) == 2
+    assert f"{record}: ended: " in capsys.readouterr().err
+    record.write_text(json.dumps(made | {"ended": "2026-11-27T14:14:15+01:00"}))
     open_row = response_sha256("How many are 3?", RESPONSES["base-kd"][2].strip())
     Path("reviews").mkdir()
     Path("reviews/base-kd-1.csv").write_text(f"row,question,sha256,answer\n3,How many are 3?,{open_row},3\n")
