@@ -123,6 +123,7 @@ def whole_file(target: Path, partial: Path | None = None) -> Iterator[Path]:
     """
     refuse_folder(target)
     with _bench(target, partial) as work, _disk(target):
+        _remove(work)  # of a killed run, which may have made a folder of that name
         try:
             yield work
             put_file_in_place(work, target)

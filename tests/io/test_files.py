@@ -55,6 +55,9 @@ def test_sigkill_leaves_no_result_and_the_next_run_is_clean() -> None:
     """
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
     assert not Path("artifacts/x").exists()
+    write_whole_file(Path("artifacts/x"), "a file of that name")
+    Path("artifacts/x").unlink()
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
     with whole_folder(Path("artifacts/x")) as work:
         write_text(work / "a", "two")
     assert [path.name for path in Path("artifacts/x").iterdir()] == ["a"]
