@@ -181,19 +181,19 @@ def test_filters_find_what_the_logs_hold(opened: Callable[..., Any], report_file
     page = opened().go(report_file)
     assert count(page) == 60
     choose(page, wrong="base-kd-1", right="teacher-kd-1")
-    both = zip(logs["base-kd"], logs["teacher-kd"], strict=True)
+    both = zip(logs["base-kd-1"], logs["teacher-kd-1"], strict=True)
     wrong = sum(a["correct"] == "False" and a["rule"] != "undecided" and b["correct"] == "True" for a, b in both)
     assert count(page) == wrong > 0
     page.select_option("#wrong", index=0)
     page.select_option("#right", index=0)
     choose(page, undecided="fine-tuning-1")
-    assert count(page) == sum(row["rule"] == "undecided" for row in logs["fine-tuning"]) == 1
+    assert count(page) == sum(row["rule"] == "undecided" for row in logs["fine-tuning-1"]) == 1
     page.click("text=Clear")
     expect(page.locator("#count")).to_have_text("60 questions")
     choose(page, rule="boxed")
     assert count(page) == 1
     choose(page, rule="last-number", where="fine-tuning-1")
-    assert count(page) == sum(row["rule"] == "last-number" for row in logs["fine-tuning"])
+    assert count(page) == sum(row["rule"] == "last-number" for row in logs["fine-tuning-1"])
     choose(page, reader="lm-eval-strict", rule="any rule", undecided="teacher-kd-1")
     assert count(page) == 60
 
