@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_tiny_params
 from dvc.cli import DvcParserError
 from dvc.cli.parser import get_main_parser
 from params import keep
@@ -256,11 +256,8 @@ def test_a_missing_params_file_is_made_as_its_message_says(
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """A folder with one prompt's results, each stage run."""
     folder = tmp_path_factory.mktemp("whole")
-    params = YAML(typ="safe").load(REPOSITORY / "profiles" / "mini.yaml")
+    params = make_tiny_params(tiny_llama)
     params["dataset"] |= {"train_rows": 6, "test_rows": 4}
-    params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": str(tiny_llama)}
-    params["distill"] |= {"protocol": "published", "cosine_steps": 6}
-    params["assess"]["max_new_tokens"] = 4
     keep(params, "base-kd")
     with pytest.MonkeyPatch.context() as here:
         here.chdir(folder)
