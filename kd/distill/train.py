@@ -19,6 +19,7 @@ from kd.config import Config, Distill
 from kd.distill import checkpoint
 from kd.distill.adapter import VERSIONS, counts, fresh_student, save_adapter
 from kd.distill.checkpoint import Record
+from kd.distill.fused import kernels_name
 from kd.distill.lesson import Lesson, prepare_lesson
 from kd.distill.memory import lowerable, shortage_told
 from kd.distill.objective import Loss, Teacher, distillation_loss
@@ -81,7 +82,7 @@ def run_key(config: Config, run: str, module: str = __name__) -> str:
         files=[data / "train.jsonl", data / "test.jsonl", *store],
         models={"student": model_folder(config.student.model)},
         libraries=(*VERSIONS, "tokenizers"),
-        device=fingerprint.device_name(),
+        device=", ".join(filter(None, [fingerprint.device_name(), kernels_name(config.distill)])),
     )
 
 
