@@ -29,9 +29,9 @@ def triton_kernels() -> ModuleType | None:
     if not torch.cuda.is_available():
         return None
     try:
-        from kd.distill import kernels
+        from kd.distill import kernels, programs
 
-        kernels.swiglu(torch.zeros(1, 2, dtype=torch.bfloat16, device="cuda"))
+        programs.swiglu.warmup(torch.bfloat16, torch.bfloat16, width=1, block=1, grid=(1, 1))
     # No Triton; no compiler, or a driver that takes no kernel; no folder to keep them in; a compiler that fails; no
     # libcuda found.
     except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError, AssertionError) as error:
@@ -99,6 +99,7 @@ class FusedLlama:
         self._embed, self._rotary, self._norm = model.embed_tokens, model.rotary_emb, model.norm.weight
         self._eps = config.rms_norm_eps
         self._layers = joined_layers(student)
+        self._turns: dict[int, Turn] = {}
         self._heads = Heads(config.num_attention_heads, config.num_key_value_heads, model.layers[0].self_attn.head_dim)
         qkv, out = self._layers[0].qkv.adapters, self._layers[0].o.adapters
         assert qkv
@@ -219,9 +220,13 @@ class FusedLlama:
         return [part.unflatten(-1, size) for part, size in zip(parts, self._sizes, strict=True)]
 
     def _turn(self, positions: int, device: torch.device) -> Turn:
-        half = self._heads.dim // 2
-        cos, sin = self._rotary(torch.empty((), device=device), torch.arange(positions, device=device)[None])
-        return Turn(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        """Made once for a length, not in a graph: a step is recorded after it was done once."""
+        if positions not in self._turns:
+            half = self._heads.dim // 2
+            dummy = torch.empty((), dtype=torch.float32, device=device)
+            cos, sin = self._rotary(dummy, torch.arange(positions, device=device)[None])
+            self._turns[positions] = Turn(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        return self._turns[positions]
 
 
 class _Fused(torch.autograd.Function):

@@ -135,7 +135,7 @@ class Descent:
         self._model = student.get_base_model()
         self._lean = LeanLlama(student) if lean and not operations else None
         self._fused = FusedLlama(student, operations) if operations else None
-        self._operations = operations
+        self.operations = operations
         self._settings = settings
 
     def gradient(self, batch: Batch, head: Head | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,9 +143,7 @@ class Descent:
         matched, leaves = self._forward(batch)
         teacher = Teacher(head, batch.states) if head and batch.states is not None else None
         output = self._model.lm_head.weight
-        loss = distillation_loss(
-            matched, output, batch.labels, batch.weights, teacher, self._settings, self._operations
-        )
+        loss = distillation_loss(matched, output, batch.labels, batch.weights, teacher, self._settings, self.operations)
         gradients = torch.autograd.grad(loss.total, leaves)
         return torch.stack(loss).detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
