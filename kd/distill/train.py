@@ -65,7 +65,8 @@ def train(config: Config, run: str) -> None:
             for record in bar:
                 log(record)
                 bar.set_postfix_str(f"loss {record.loss:.3f}", refresh=False)
-        about = {"rows": len(lesson.check), "versions": fingerprint.versions(VERSIONS)}
+        libraries = (*VERSIONS, "triton") if step.descent.operations else VERSIONS
+        about = {"rows": len(lesson.check), "versions": fingerprint.versions(libraries)}
         write_json(work / CHECK, {"check_loss": _check_loss(student, run, lesson, config.distill)} | about)
         with system_errors(work):
             save_adapter(student, config, run, lesson.matches, work)
