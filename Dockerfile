@@ -104,7 +104,7 @@ RUN --mount=type=bind,from=libraries,source=/opt/kd,target=/opt/kd \
 
 
 FROM cpu AS gpu
-USER root
+USER 0
 # Triton, which comes with torch, compiles a launcher in C for each of its kernels, in /tmp.
 # hadolint ignore=DL3008
 RUN apt-get update \

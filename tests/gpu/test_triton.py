@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,8 +104,9 @@ def test_without_a_compiler_the_step_goes_on_and_says_so(tmp_path: Path) -> None
         "print(repr(fused.kernels_name(load_config(Path('profiles/mini.yaml')).distill)))"
     )
     root = Path(__file__).parents[2]
-    places = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    environment = places | {"PYTHONPATH": str(root)}
+    environment = os.environ | {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
+    environment.pop("CC", None)
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
