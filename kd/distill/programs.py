@@ -361,6 +361,93 @@ def attention(
 
 
 @triton.jit
+def queries_gradient(
+    query,
+    key,
+    value,
+    mixed,
+    lse,
+    gradient,
+    out,
+    block,
+    tokens,
+    scale,
+    width: tl.constexpr,
+    mixed_width: tl.constexpr,
+    dim: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Of a block of one head's queries. All places are those of the head's first token."""
+    d = tl.arange(0, dim)
+    row = block * rows + tl.arange(0, rows)
+    mine = (row < tokens)[:, None]
+    at = row[:, None] * mixed_width + d[None, :]
+    q = tl.load(query + row[:, None] * width + d[None, :], mask=mine, other=0.0)
+    do = tl.load(gradient + at, mask=mine, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * tl.load(mixed + at, mask=mine, other=0.0).to(tl.float32), axis=1)
+    norm = tl.load(lse + row, mask=row < tokens, other=0.0)
+    dq = tl.zeros((rows, dim), tl.float32)
+    for start in range(0, tl.minimum((block + 1) * rows, tokens), columns):
+        col = start + tl.arange(0, columns)
+        there = (col < tokens)[:, None]
+        k = tl.load(key + col[:, None] * width + d[None, :], mask=there, other=0.0)
+        v = tl.load(value + col[:, None] * width + d[None, :], mask=there, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+        p = tl.exp2(score - norm[:, None])
+        p = tl.where((col[None, :] <= row[:, None]) & (col < tokens)[None, :], p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+    tl.store(out + at, (dq * scale).to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def keys_gradient(
+    query,
+    key,
+    value,
+    mixed,
+    lse,
+    gradient,
+    k_out,
+    v_out,
+    block,
+    tokens,
+    scale,
+    width: tl.constexpr,
+    mixed_width: tl.constexpr,
+    dim: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Of a block of keys and of values, what comes of one head of queries."""
+    d = tl.arange(0, dim)
+    col = block * columns + tl.arange(0, columns)
+    there = (col < tokens)[:, None]
+    k = tl.load(key + col[:, None] * width + d[None, :], mask=there, other=0.0)
+    v = tl.load(value + col[:, None] * width + d[None, :], mask=there, other=0.0)
+    dk = tl.zeros((columns, dim), tl.float32)
+    dv = tl.zeros((columns, dim), tl.float32)
+    for start in range(block * columns // rows * rows, tokens, rows):
+        row = start + tl.arange(0, rows)
+        mine = (row < tokens)[:, None]
+        at = row[:, None] * mixed_width + d[None, :]
+        q = tl.load(query + row[:, None] * width + d[None, :], mask=mine, other=0.0)
+        do = tl.load(gradient + at, mask=mine, other=0.0)
+        delta = tl.sum(do.to(tl.float32) * tl.load(mixed + at, mask=mine, other=0.0).to(tl.float32), axis=1)
+        norm = tl.load(lse + row, mask=row < tokens, other=0.0)
+        score = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
+        p = tl.exp2(score - norm[None, :])
+        p = tl.where((col[:, None] <= row[None, :]) & (row < tokens)[None, :], p, 0.0)
+        dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+        dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
+    at = col[:, None] * mixed_width + d[None, :]
+    tl.store(k_out + at, (dk * scale).to(k_out.dtype.element_ty), mask=there)
+    tl.store(v_out + at, dv.to(v_out.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def attention_backward(
     qkv,
     mixed,
@@ -379,58 +466,23 @@ def attention_backward(
 ):
     """The first programs make a block of queries' gradients each, the others one of keys' and values'."""
     width: tl.constexpr = (heads + 2 * kv_heads) * dim
-    blocks = tl.cdiv(tokens, rows)
     block, head, example = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    d = tl.arange(0, dim)
-    base = qkv + example * tokens * width
-    query = base + head * dim
-    key = base + (heads + head // (heads // kv_heads)) * dim
+    blocks = tl.cdiv(tokens, rows)
+    query = qkv + example * tokens * width + head * dim
+    key = qkv + example * tokens * width + (heads + head // (heads // kv_heads)) * dim
     value = key + kv_heads * dim
-    before = (example * tokens) * (heads * dim) + head * dim  # of a row of mixed and of all gradients
+    mine = example * tokens * (heads * dim) + head * dim
     lse = kept + (example * heads + head) * tokens
-    by = scale * 1.4426950408889634
     if block < blocks:
-        row = block * rows + tl.arange(0, rows)
-        mine = (row < tokens)[:, None]
-        at = before + row[:, None] * (heads * dim) + d[None, :]
-        q = tl.load(query + row[:, None] * width + d[None, :], mask=mine, other=0.0)
-        do = tl.load(gradient + at, mask=mine, other=0.0)
-        delta = tl.sum(do.to(tl.float32) * tl.load(mixed + at, mask=mine, other=0.0).to(tl.float32), axis=1)
-        norm = tl.load(lse + row, mask=row < tokens, other=0.0)
-        dq = tl.zeros((rows, dim), tl.float32)
-        for start in range(0, tl.minimum((block + 1) * rows, tokens), columns):
-            col = start + tl.arange(0, columns)
-            there = (col < tokens)[:, None]
-            k = tl.load(key + col[:, None] * width + d[None, :], mask=there, other=0.0)
-            v = tl.load(value + col[:, None] * width + d[None, :], mask=there, other=0.0)
-            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * by - norm[:, None])
-            p = tl.where((col[None, :] <= row[:, None]) & (col < tokens)[None, :], p, 0.0)
-            ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-            dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
-        tl.store(q_out + at, (dq * scale).to(q_out.dtype.element_ty), mask=mine)
+        queries_gradient(
+            query, key, value, mixed + mine, lse, gradient + mine, q_out + mine,
+            block, tokens, scale, width, heads * dim, dim, rows, columns,
+        )  # fmt: skip
     else:
-        col = (block - blocks) * columns + tl.arange(0, columns)
-        there = (col < tokens)[:, None]
-        k = tl.load(key + col[:, None] * width + d[None, :], mask=there, other=0.0)
-        v = tl.load(value + col[:, None] * width + d[None, :], mask=there, other=0.0)
-        dk = tl.zeros((columns, dim), tl.float32)
-        dv = tl.zeros((columns, dim), tl.float32)
-        for start in range((block - blocks) * columns, tokens, rows):
-            row = start + tl.arange(0, rows)
-            mine = (row < tokens)[:, None]
-            at = before + row[:, None] * (heads * dim) + d[None, :]
-            q = tl.load(query + row[:, None] * width + d[None, :], mask=mine, other=0.0)
-            do = tl.load(gradient + at, mask=mine, other=0.0)
-            delta = tl.sum(do.to(tl.float32) * tl.load(mixed + at, mask=mine, other=0.0).to(tl.float32), axis=1)
-            norm = tl.load(lse + row, mask=row < tokens, other=0.0)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * by - norm[None, :])
-            p = tl.where((col[:, None] <= row[None, :]) & (row < tokens)[None, :], p, 0.0)
-            dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
-            ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-            dk += tl.dot(ds.to(q.dtype), q, input_precision="ieee")
-        at = before + col[:, None] * (heads * dim) + d[None, :]
-        tl.store(k_out + at, (dk * scale).to(k_out.dtype.element_ty), mask=there)
-        tl.store(v_out + at, dv.to(v_out.dtype.element_ty), mask=there)
+        keys_gradient(
+            query, key, value, mixed + mine, lse, gradient + mine, k_out + mine, v_out + mine,
+            block - blocks, tokens, scale, width, heads * dim, dim, rows, columns,
+        )  # fmt: skip
 
 
 @triton.jit
