@@ -124,8 +124,8 @@ class FusedLlama:
         examples, positions = input_ids.shape
         count, tokens = len(self._layers), input_ids.numel()
         x = self._embed(input_ids).flatten(0, 1)
-        low = torch.empty(count, tokens, 3 * rank, device=x.device)
-        low_out = torch.empty(count, tokens, rank, device=x.device)
+        low = torch.empty(count, tokens, 3 * rank, dtype=torch.float32, device=x.device)
+        low_out = torch.empty(count, tokens, rank, dtype=torch.float32, device=x.device)
         normed, mixed = x.new_empty(count, *x.shape), x.new_empty(count, tokens, heads.widths[0])
         keep = self._keep(count, tokens, max(x.shape[1], mixed.shape[2]), x.device)
         adapters, turn = tuned.view(count, -1), self._turn(positions, x.device)

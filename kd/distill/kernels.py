@@ -15,7 +15,7 @@ from kd.config import Distill
 from kd.distill import plain, programs
 from kd.distill.plain import Down, Heads, Turn, Up, threshold
 
-# Measured at Llama 3.1 8B's shape, batches of one (docs/performance.md).
+# For Llama 3.1 8B's shape and batches of one.
 ROW_WARPS = 8
 FEED_BLOCK = 1024
 ROTATED = 16, 64  # tokens and pairs of a block

@@ -120,8 +120,9 @@ class Descent:
     """The student's trained weights and their momenta, end to end, and how one update changes them (SGD with momentum
     and weight decay, as `torch.optim.SGD` does it). The modules' own parameters become views of `weights`.
 
-    `lean` computes by the forward of `kd.distill.lean`, else by the modules' own. `operations` (`kd.distill.kernels` or
-    `kd.distill.plain`) computes by `kd.distill.fused` instead, and with kernels the objective by theirs.
+    `lean` computes by the forward of `kd.distill.lean`, else by the modules' own. With `operations`
+    (`kd.distill.kernels` or `kd.distill.plain`), forward, backward and objective are made of them instead, by
+    `kd.distill.fused`.
     """
 
     rates: tuple[int, ...] = ()  # the shape of a learning rate that is a tensor
