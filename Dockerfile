@@ -106,4 +106,11 @@ RUN --mount=type=bind,from=libraries,source=/opt/kd,target=/opt/kd \
 
 
 FROM cpu AS gpu
+USER 0
+# Triton, which comes with torch, compiles a launcher in C for each of its kernels, in /tmp.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 1000
 COPY --from=extension /build/exllamav2_ext/exllamav2_ext.so /opt/kd/venv/lib/python3.11/site-packages/

@@ -1,12 +1,13 @@
 """Milliseconds per training step, beside the notebook's loop, at Llama 3.1 8B shape with random weights.
 
-    python benchmarks/train.py [--tiny]
+    python benchmarks/train.py [--tiny] [--quick]
 
 The notebook's loop (<experiment>/distill.ipynb) is written anew here: the teacher's full fp16 logits come from host
 memory, the student's logits are made for every position, and the CUDA cache is emptied five times a step. Both train
 the published way on the same examples: random tokens, in lengths that are GSM8K's (deciles of its first 2638 training
 rows). The floor is the time of reading the student's weights twice, forward and backward, at the bandwidth of a copy
-measured in the same run. `--tiny` runs the same code on a tiny model, on a CPU too.
+measured in the same run. `graph, lean` is the graph step without Triton's kernels. `--tiny` runs the same code on a
+tiny model, on a CPU too; `--quick` leaves out the notebook's loop, the eager step, the losses and the roundings.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.config import Distill, load_config
 from kd.distill.adapter import add_lora
-from kd.distill.objective import Teacher, distillation_loss
-from kd.distill.step import BUCKET, Descent, make_batch, make_step
+from kd.distill.fused import runs_fused, triton_kernels
+from kd.distill.step import BUCKET, Descent, EagerStep, GraphStep, make_batch, make_step
 from kd.distill.train import descend
 from kd.protocol.alignment import Match
 from kd.store.head import TeacherHead
@@ -41,13 +43,13 @@ ROUNDS = 4  # of these steps; the first captures graphs and is not timed
 # As published, and for comparing losses: no dropout, whose masks depend on padding, and a rate at which they move.
 SETTINGS = {"": (0.1, PAPER.distill), ", compared": (0.0, PAPER.distill.model_copy(update={"learning_rate": 1e-3}))}
 GIB = 2**30
+PRODUCTS = re.compile("gemm|gemv|cutlass|xmma|nvjet|splitK", re.IGNORECASE)  # cuBLAS's kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Shape(NamedTuple):
     student: LlamaConfig
     teacher_hidden: int
-    objective_rows: int
 
 
 class Run(NamedTuple):
@@ -61,9 +63,9 @@ def shape(tiny: bool) -> Shape:
     llama = {"rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "num_key_value_heads": 8}
     if tiny:
         sizes = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-        return Shape(LlamaConfig(**sizes, num_attention_heads=16, **llama), 256, 128)
+        return Shape(LlamaConfig(**sizes, num_attention_heads=16, **llama), 256)
     sizes = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    return Shape(LlamaConfig(**sizes, num_attention_heads=32, **llama), 16384, 4096)
+    return Shape(LlamaConfig(**sizes, num_attention_heads=32, **llama), 16384)
 
 
 def make_examples(vocabulary: int, teacher_hidden: int) -> tuple[list[Match], dict[str, torch.Tensor]]:
@@ -149,22 +151,71 @@ def notebook_run(matches: list[Match], logits: dict[str, torch.Tensor], settings
     return lambda student: timed(notebook_loop(student, matches, logits, settings), skip=5)
 
 
-def our_run(matches: list[Match], states: Any, head: TeacherHead, settings: Distill) -> Callable[[Any], Run]:
+def our_run(
+    matches: list[Match], states: Any, head: TeacherHead, settings: Distill, make: Callable[..., Any] = make_step
+) -> Callable[[Any], Run]:
     """Our loop; of several epochs the first, in which graphs are captured, is not timed."""
 
     def run(student: Any) -> Run:
-        records = descend(make_step(student, head, settings), matches, states, settings)
+        records = descend(make(student, head, settings), matches, states, settings)
         return timed((record.loss for record in records), skip=len(matches) if settings.epochs > 1 else 5)
 
     return run
 
 
+def lean_step(student: Any, head: TeacherHead, settings: Distill) -> EagerStep | GraphStep:
+    """The step that `make_step` makes where there are no kernels."""
+    kind = GraphStep if DEVICE == "cuda" else EagerStep
+    return kind(Descent(student, settings, lean=True), head.to(DEVICE), student.device)
+
+
+STEPS = {"eager": make_step, "graph, lean": lean_step, "auto": make_step}
+
+
+def breakdown(base: Any, matches: list[Match], states: Any, head: TeacherHead, name: str) -> dict[str, Any]:
+    """Milliseconds of GPU time an update of the longest example takes, by kernel, and the number of its kernels."""
+    steps = 5
+    longest = max(matches, key=lambda match: len(match.input_ids))
+    found: dict[str, list[float]] = {}
+
+    def run(student: Any) -> Run:
+        step = STEPS[name](student, head, PAPER.distill)
+        batch = make_batch([longest], states, step.bucket).map(lambda tensor: tensor.to(DEVICE))
+        step(batch, 1e-6)
+        synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(steps):
+                step(batch, 1e-6)
+            synchronize()
+        for event in profiler.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                found.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1000)
+        return Run([], [0.0], 0)
+
+    with_fresh_adapter(base, 0.1, run)
+    by_name = {key: {"ms": sum(times) / steps, "launches": len(times) / steps} for key, times in found.items()}
+    by_name = dict(sorted(by_name.items(), key=lambda item: -item[1]["ms"]))
+    whole = {part: sum(kernel[part] for kernel in by_name.values()) for part in ("ms", "launches")}
+    products = sum(kernel["ms"] for key, kernel in by_name.items() if PRODUCTS.search(key))
+    return {"tokens": len(longest.input_ids), **whole, "products_ms": products, "kernels": by_name}
+
+
+def print_breakdown(name: str, parts: dict[str, Any]) -> None:
+    print(
+        f"\n{name}, {parts['tokens']} tokens: {parts['ms']:.2f} ms in {parts['launches']:.0f} kernels, "
+        f"{parts['products_ms']:.2f} of it products"
+    )
+    for key, kernel in list(parts["kernels"].items())[:24]:
+        print(f"  {kernel['ms']:7.3f} ms  {kernel['launches']:6.1f} times  {key[:88]}")
+
+
 def rounding(base: Any, matches: list[Match], states: Any, head: TeacherHead) -> dict[str, dict[str, float]]:
     """How far losses and gradients are from those of the same student in float32, root mean square of the relative
-    errors: of the modules' forward on unpadded examples (eager) and of the lean one on padded examples (graph)."""
+    errors: of the modules' forward on unpadded examples (eager), of the lean one and of the one in kernels on padded
+    examples (graph)."""
     exact = gradients_of(copy.deepcopy(base).float(), "eager", matches, states, head)
     errors = {}
-    for name in ("eager", "lean"):
+    for name in ("eager", "lean", *(["kernels"] if triton_kernels() else [])):
         pairs = list(zip(gradients_of(base, name, matches, states, head), exact, strict=True))
         losses = [(found / wanted - 1).item() for (found, _), (wanted, _) in pairs]
         gradients = [((found - wanted).norm() / wanted.norm()).item() for (_, found), (_, wanted) in pairs]
@@ -181,8 +232,10 @@ def gradients_of(
     for name, parameter in student.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)  # a new adapter's B is 0, and so the gradient of its A
-    descent = Descent(student, PAPER.distill, lean=forward == "lean")
-    bucket = BUCKET if forward == "lean" else 1
+    assert runs_fused(student)
+    operations = triton_kernels() if forward == "kernels" else None
+    descent = Descent(student, PAPER.distill, lean=forward != "eager", operations=operations)
+    bucket = BUCKET if forward != "eager" else 1
     found = []
     for match in matches:
         batch = make_batch([match], states, bucket).map(lambda tensor: tensor.to(DEVICE))
@@ -210,59 +263,6 @@ def seconds_to_copy(size: int) -> float:
     return statistics.median(times)
 
 
-def objectives(sizes: Shape, head: TeacherHead) -> dict[str, Any]:
-    """Time and memory of the objective and its gradient over many rows: in chunks, by the plain formula over whole
-    tensors, and Liger Kernel's closest loss, where it is installed."""
-    rows, settings = sizes.objective_rows, PAPER.distill
-    vocabulary, width = sizes.student.vocab_size, sizes.student.hidden_size
-    hidden = torch.randn(rows, width, device=DEVICE, dtype=head.weight.dtype, requires_grad=True)
-    states = torch.randn(rows, sizes.teacher_hidden, device=DEVICE, dtype=torch.float16)
-    weight = torch.randn(vocabulary, width, device=DEVICE, dtype=head.weight.dtype) * 0.02
-    labels = torch.randint(vocabulary, (rows,), device=DEVICE)
-    share = torch.full((rows,), 1 / rows, device=DEVICE)
-    normed = (states.float() * torch.rsqrt(states.float().pow(2).mean(-1, keepdim=True) + head.eps)).to(weight.dtype)
-
-    def chunked() -> torch.Tensor:
-        return distillation_loss(hidden, weight, labels, share, Teacher(head, states), settings).total
-
-    def plain() -> torch.Tensor:
-        student, teacher = (hidden @ weight.T).float(), head.logits(states)
-        log_p, log_q = (x.div(settings.temperature).log_softmax(-1) for x in (student, teacher))
-        soft = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * settings.temperature**2
-        return settings.alpha * F.cross_entropy(student, labels) + (1 - settings.alpha) * soft
-
-    contenders = {"chunked": chunked, "plain formula": plain}
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    except ImportError:
-        print("liger-kernel is not installed; its loss is left out")
-    else:
-        soft = (1 - settings.alpha) * settings.temperature**2
-        liger = LigerFusedLinearJSDLoss(settings.alpha, soft, beta=1.0, temperature=settings.temperature)
-        contenders["liger-kernel"] = lambda: liger(hidden, weight, normed, head.weight, labels)
-    return {name: measured_objective(loss, hidden) for name, loss in contenders.items()}
-
-
-def measured_objective(loss: Callable[[], torch.Tensor], hidden: torch.Tensor) -> dict[str, Any]:
-    times, value = [], 0.0
-    for _ in range(8):
-        hidden.grad = None
-        empty_cache()
-        synchronize()
-        before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        total = loss()
-        total.backward()
-        synchronize()
-        times.append((time.perf_counter() - start) * 1000)
-        value = total.item()
-        peak = (torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0) - before
-        del total
-    return {"ms": statistics.median(times[3:]), "all_ms": times, "peak_gib": peak / GIB, "loss": value}
-
-
 def summary(run: Run, baseline: int) -> dict[str, Any]:
     return {
         "ms_per_step": statistics.median(run.times),
@@ -276,51 +276,45 @@ def summary(run: Run, baseline: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on a CPU too")
-    sizes = shape(parser.parse_args().tiny)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    with torch.device(DEVICE):
-        base = LlamaForCausalLM(sizes.student).eval()
-        weight = torch.empty(sizes.student.vocab_size, sizes.teacher_hidden).normal_(std=0.01)
-        head = TeacherHead(torch.ones(sizes.teacher_hidden), weight, 1e-5)
-    torch.set_default_dtype(torch.float32)
+    parser.add_argument("--quick", action="store_true", help="graph steps only")
+    options = parser.parse_args()
+    base, head = models(shape(options.tiny))
     weights = sum(p.numel() * p.element_size() for p in base.parameters())
-    baseline = weights + weight.numel() * weight.element_size()
+    baseline = weights + head.weight.numel() * head.weight.element_size()
     copied = weights // 4
     bandwidth = 2 * copied / seconds_to_copy(copied)
     floor = 2 * weights / bandwidth * 1000
-    matches, states = make_examples(sizes.student.vocab_size, sizes.teacher_hidden)
-    logits = {key: head.logits(value).half().cpu() for key, value in states.items()}
-
-    runs = {}
-    for name, (dropout, settings) in SETTINGS.items():
-        runs[f"notebook{name}"] = with_fresh_adapter(base, dropout, notebook_run(matches, logits, settings))
-        for step, rounds in (("eager", 1), ("auto", ROUNDS)):
-            ours = settings.model_copy(update={"step": step, "epochs": rounds})
-            runs[f"{step}{name}"] = with_fresh_adapter(base, dropout, our_run(matches, states.get, head, ours))
+    print(f"weights {weights / GIB:.2f} GiB, copy {bandwidth / 1e12:.2f} TB/s, floor {floor:.2f} ms a step", flush=True)
+    matches, states = make_examples(base.config.vocab_size, head.norm.numel())
+    runs = all_runs(base, matches, states, head, options.quick)
     measured = {name: summary(run, baseline) for name, run in runs.items()}
-    print(f"weights {weights / GIB:.2f} GiB, copy {bandwidth / 1e12:.2f} TB/s, floor {floor:.2f} ms a step\n")
-    print(f"{'':<20}  {'ms/step':>8}  {'least to most':>16}  {'GiB over weights':>16}  {'last loss':>9}")
+    print(
+        f"\n{'':<20}  {'ms/step':>8}  {'floors':>6}  {'least to most':>16}  {'GiB over weights':>16}  {'last loss':>9}"
+    )
     for name, run in measured.items():
         spread = "{:.1f} to {:.1f}".format(*run["least_and_most_ms"])
         print(
-            f"{name:<20}  {run['ms_per_step']:>8.2f}  {spread:>16}  {run['peak_gib_over_weights']:>16.2f}  "
-            f"{run['losses'][-1]:>9.4f}"
+            f"{name:<20}  {run['ms_per_step']:>8.2f}  {run['ms_per_step'] / floor:>6.2f}  {spread:>16}  "
+            f"{run['peak_gib_over_weights']:>16.2f}  {run['losses'][-1]:>9.4f}"
         )
     empty_cache()
-    errors = rounding(base, matches[:10], states.get, head)
+    graphs = [name for name in STEPS if name != "eager"] if DEVICE == "cuda" else []
+    parts = {name: breakdown(base, matches, states.get, head, name) for name in graphs}
+    for name, part in parts.items():
+        print_breakdown(name, part)
+    empty_cache()
+    errors = {} if options.quick else rounding(base, matches[:10], states.get, head)
     for name, error in errors.items():
         print(f"relative error against float32, {name}: loss {error['loss']:.2e}, gradient {error['gradient']:.2e}")
-    empty_cache()
-    compared = objectives(sizes, head)
-    for name, found in compared.items():
-        print(f"objective, {name:<14}  {found['ms']:.1f} ms  {found['peak_gib']:.2f} GiB  loss {found['loss']:.4f}")
+    if options.quick:
+        return
     ours, notebook_ms = measured["auto"], measured["notebook"]["ms_per_step"]
     write_result(
-        "train-tiny" if sizes.objective_rows < 4096 else "train",
+        "train-tiny" if options.tiny else "train",
         {
             "speedup": notebook_ms / ours["ms_per_step"],
             "step_over_floor": ours["ms_per_step"] / floor,
+            "lean_step_over_floor": measured["graph, lean"]["ms_per_step"] / floor,
             "peak_gib_over_weights": ours["peak_gib_over_weights"],
         },
         {
@@ -328,9 +322,39 @@ def main() -> None:
             "copy_tb_s": bandwidth / 1e12,
             "steps": measured,
             "rounding": errors,
-            "objective": compared,
+            "gpu_time": parts,
         },
     )
+
+
+def models(sizes: Shape) -> tuple[Any, TeacherHead]:
+    """The student and the teacher's head, random, on the device; bfloat16 on a GPU."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    with torch.device(DEVICE):
+        base = LlamaForCausalLM(sizes.student).eval()
+        weight = torch.empty(sizes.student.vocab_size, sizes.teacher_hidden).normal_(std=0.01)
+        head = TeacherHead(torch.ones(sizes.teacher_hidden), weight, 1e-5)
+    torch.set_default_dtype(torch.float32)
+    return base, head
+
+
+def all_runs(
+    base: Any, matches: list[Match], states: dict[str, torch.Tensor], head: TeacherHead, quick: bool
+) -> dict[str, Run]:
+    """The notebook's loop and every step, or the graph steps alone."""
+    runs = {}
+    logits = {} if quick else {key: head.logits(value).half().cpu() for key, value in states.items()}
+    for name, (dropout, settings) in SETTINGS.items():
+        if not quick:
+            runs[f"notebook{name}"] = with_fresh_adapter(base, dropout, notebook_run(matches, logits, settings))
+        for step, make in STEPS.items():
+            if quick and (name or step == "eager"):
+                continue
+            how = {"step": "eager", "epochs": 1} if step == "eager" else {"step": "auto", "epochs": ROUNDS}
+            ours = our_run(matches, states.get, head, settings.model_copy(update=how), make)
+            runs[f"{step}{name}"] = with_fresh_adapter(base, dropout, ours)
+    return runs
 
 
 if __name__ == "__main__":

@@ -176,7 +176,8 @@ class Distill(Params):
     """How every student is trained (paper section 3; <experiment>/distill.ipynb).
 
     `batch_rows` examples make one update. `step` picks how it is computed: `eager`, the reference, on any device;
-    `graph`, CUDA graphs; `auto`, graphs where there is a GPU and the student is a Llama. `jsd_beta` is the teacher's
+    `graph`, CUDA graphs; `auto`, graphs where there is a GPU and the student is a Llama. Graphs are made of Triton's
+    kernels where these run and fit the adapters (`kd/distill/fused.py`). `jsd_beta` is the teacher's
     share of the mixture in `divergence: jsd`. `dropout` is that of every student but those in `dropouts`. `quirks`
     switches single ones of the published protocol on in `aligned` (docs/protocol.md); a sixth, the cosine's period of
     one epoch, is `cosine_steps`.

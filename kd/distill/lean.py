@@ -89,10 +89,9 @@ class LeanLlama:
 
     def __init__(self, student: Any) -> None:
         model = student.get_base_model().model
-        names = {id(parameter): name for name, parameter in student.named_parameters()}
         self._config = model.config
         self._embed, self._rotary, self._norm = model.embed_tokens, model.rotary_emb, model.norm.weight
-        self._layers = [_layer(layer, names) for layer in model.layers]
+        self._layers = joined_layers(student)
 
     def __call__(self, input_ids: torch.Tensor, tuned: dict[str, torch.Tensor]) -> torch.Tensor:
         """Final hidden states behind the norm, [examples, tokens, hidden], of right-padded token ids, with the
@@ -129,6 +128,12 @@ class LeanLlama:
         k, v = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return layer.o(mixed.transpose(1, 2).flatten(0, 1).flatten(1), tuned)
+
+
+def joined_layers(student: Any) -> list[Layer]:
+    """A student's decoder layers, what reads the same input joined: its own weights are views of these afterwards."""
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    return [_layer(layer, names) for layer in student.get_base_model().model.layers]
 
 
 def _layer(layer: Any, names: dict[int, str]) -> Layer:

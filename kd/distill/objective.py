@@ -9,16 +9,17 @@ linear cross entropy; the head is frozen, so it needs no gradient.)
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
 from kd.config import Distill
-
-if TYPE_CHECKING:
-    from kd.store.head import Head
+from kd.store.head import Head, NoHead
 
 CHUNK_ROWS = 256
+# With kernels nothing but both logits is made, in the models' own dtypes, and larger products are faster ones.
+FUSED_ROWS = 1024
 
 
 class Loss(NamedTuple):
@@ -44,14 +45,18 @@ def distillation_loss(
     weights: torch.Tensor,
     teacher: Teacher | None,
     settings: Distill,
+    operations: ModuleType | None = None,
 ) -> Loss:
     """The objective, and its parts, of the student's final hidden states; CE alone where `teacher` is None.
 
     `hidden` [rows, hidden] and `head` [vocabulary, hidden] make the student's logits; `labels` [rows] are token ids;
     `weights` [rows], float32, are each row's share: 1 / rows for a mean, 0 for padding. CE is taken at temperature 1,
     the divergence between both distributions softened by T and summed over the vocabulary, all in float32. (Paper,
-    section 3.3; `KnowledgeDistillationLoss` in the original's distill.ipynb.)
+    section 3.3; `KnowledgeDistillationLoss` in the original's distill.ipynb.) Of `operations`, such as
+    `kd.distill.kernels`, `distill` takes the place of the passes over the logits.
     """
+    if operations:
+        return Loss(*_FusedLoss.apply(hidden, head, labels, weights, teacher, settings, operations))  # type: ignore[no-untyped-call]
     return Loss(*_ChunkedLoss.apply(hidden, head, labels, weights, teacher, settings))  # type: ignore[no-untyped-call]
 
 
@@ -92,6 +97,45 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         return ctx.gradient * upstream[0].to(ctx.gradient.dtype), None, None, None, None, None
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        teacher: Teacher | None,
+        settings: Distill,
+        operations: ModuleType,
+    ) -> Loss:
+        gradient = torch.empty_like(hidden)
+
+        def chunk(rows: slice) -> torch.Tensor:
+            theirs = _logits(teacher.head, teacher.states[rows]) if teacher else None
+            logits = hidden[rows] @ head.T
+            values: torch.Tensor = operations.distill(logits, theirs, labels[rows], weights[rows], settings)
+            torch.mm(logits, head, out=gradient[rows])
+            return values
+
+        starts = range(0, len(hidden), FUSED_ROWS)
+        values = torch.cat([chunk(slice(start, start + FUSED_ROWS)) for start in starts])
+        ce, soft = (values * weights[:, None]).sum(0)
+        ctx.gradient = gradient
+        ctx.mark_non_differentiable(ce, soft)
+        total = settings.alpha * ce + (1 - settings.alpha) * settings.temperature**2 * soft if teacher else ce.clone()
+        return Loss(total, ce, soft)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.gradient * upstream[0].to(ctx.gradient.dtype), *(None,) * 6
+
+
+def _logits(head: Head, states: torch.Tensor) -> torch.Tensor:
+    """The teacher's, in the dtype that its product has."""
+    return states if isinstance(head, NoHead) else head.normalized(states) @ head.weight.T
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

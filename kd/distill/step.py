@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from kd.config import Distill
+from kd.distill.fused import FusedLlama, runs_fused, triton_kernels
 from kd.distill.lean import LeanLlama, runs_lean
 from kd.distill.objective import Teacher, distillation_loss
 from kd.errors import UserError
@@ -118,19 +120,23 @@ class Descent:
     """The student's trained weights and their momenta, end to end, and how one update changes them (SGD with momentum
     and weight decay, as `torch.optim.SGD` does it). The modules' own parameters become views of `weights`.
 
-    `lean` computes by the forward of `kd.distill.lean`, else by the modules' own.
+    `lean` computes by the forward of `kd.distill.lean`, else by the modules' own. With `operations`
+    (`kd.distill.kernels` or `kd.distill.plain`), forward, backward and objective are made of them instead, by
+    `kd.distill.fused`.
     """
 
     rates: tuple[int, ...] = ()  # the shape of a learning rate that is a tensor
 
-    def __init__(self, student: Any, settings: Distill, *, lean: bool) -> None:
+    def __init__(self, student: Any, settings: Distill, *, lean: bool, operations: ModuleType | None = None) -> None:
         self._parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.weights = torch.cat([p.detach().flatten() for p in self._parameters.values()])
         self.momenta = torch.zeros_like(self.weights)
         for name, piece in self._pieces(self.weights).items():
             self._parameters[name].data = piece
         self._model = student.get_base_model()
-        self._lean = LeanLlama(student) if lean else None
+        self._lean = LeanLlama(student) if lean and not operations else None
+        self._fused = FusedLlama(student, operations) if operations else None
+        self.operations = operations
         self._settings = settings
 
     def gradient(self, batch: Batch, head: Head | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +144,7 @@ class Descent:
         matched, leaves = self._forward(batch)
         teacher = Teacher(head, batch.states) if head and batch.states is not None else None
         output = self._model.lm_head.weight
-        loss = distillation_loss(matched, output, batch.labels, batch.weights, teacher, self._settings)
+        loss = distillation_loss(matched, output, batch.labels, batch.weights, teacher, self._settings, self.operations)
         gradients = torch.autograd.grad(loss.total, leaves)
         return torch.stack(loss).detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -155,7 +161,11 @@ class Descent:
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Final hidden states of the batch's rows [n, hidden], and the tensors that make up the weights."""
-        if self._lean is None:
+        if self._fused:
+            leaves = [self.weights.detach().requires_grad_()]
+            pieces = self._pieces(leaves[0])
+            hidden = self._fused(batch.input_ids, torch.cat([pieces[name].flatten() for name in self._fused.order]))
+        elif self._lean is None:
             hidden = self._model.model(batch.input_ids, use_cache=False).last_hidden_state
             leaves = list(self._parameters.values())
         else:
@@ -244,7 +254,8 @@ def make_step(student: Any, head: Head | None, settings: Distill) -> EagerStep |
         )
     graph = able and settings.step != "eager"
     kind = GraphStep if graph else EagerStep
-    descent = Descent(student, settings, lean=graph)
+    operations = triton_kernels() if graph and runs_fused(student) else None
+    descent = Descent(student, settings, lean=graph, operations=operations)
     return kind(descent, head.to(str(student.device)) if head else None, student.device)
 
 

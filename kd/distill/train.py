@@ -19,6 +19,7 @@ from kd.config import Config, Distill
 from kd.distill import checkpoint
 from kd.distill.adapter import VERSIONS, counts, fresh_student, save_adapter
 from kd.distill.checkpoint import Record
+from kd.distill.fused import kernels_name
 from kd.distill.lesson import Lesson, prepare_lesson
 from kd.distill.memory import lowerable, shortage_told
 from kd.distill.objective import Loss, Teacher, distillation_loss
@@ -64,7 +65,8 @@ def train(config: Config, run: str) -> None:
             for record in bar:
                 log(record)
                 bar.set_postfix_str(f"loss {record.loss:.3f}", refresh=False)
-        about = {"rows": len(lesson.check), "versions": fingerprint.versions(VERSIONS)}
+        libraries = (*VERSIONS, "triton") if step.descent.operations else VERSIONS
+        about = {"rows": len(lesson.check), "versions": fingerprint.versions(libraries)}
         write_json(work / CHECK, {"check_loss": _check_loss(student, run, lesson, config.distill)} | about)
         with system_errors(work):
             save_adapter(student, config, run, lesson.matches, work)
@@ -81,7 +83,7 @@ def run_key(config: Config, run: str, module: str = __name__) -> str:
         files=[data / "train.jsonl", data / "test.jsonl", *store],
         models={"student": model_folder(config.student.model)},
         libraries=(*VERSIONS, "tokenizers"),
-        device=fingerprint.device_name(),
+        device=", ".join(filter(None, [fingerprint.device_name(), kernels_name(config.distill)])),
     )
 
 

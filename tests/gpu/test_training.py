@@ -20,7 +20,8 @@ from kd.cli import main
 from kd.config import Config, Distill, load_config
 from kd.distill import checkpoint
 from kd.distill.cohort import train_cohort
-from kd.distill.step import GraphStep, make_batch, make_step
+from kd.distill.fused import kernels_name, triton_kernels
+from kd.distill.step import BUCKET, Descent, GraphStep, make_batch, make_step
 from kd.distill.train import descend
 from kd.protocol.alignment import Match
 from kd.store.head import TeacherHead
@@ -98,6 +99,54 @@ def test_graphs_do_what_eager_steps_do(
     (losses, weights), (graph_losses, graph_weights) = runs
     assert graph_losses == pytest.approx(losses, rel=near)
     assert (graph_weights - weights).norm() <= 2 * near * (weights - first).norm()  # of the way it went
+
+
+@pytest.fixture
+def kernels(gpu: None) -> Any:
+    del gpu
+    found = triton_kernels()
+    if found is None:
+        pytest.skip("Triton's kernels do not run here: no Triton or no C compiler")
+    return found
+
+
+def test_a_graph_step_takes_the_kernels(gpu_llama: Path, settings: Distill, head: TeacherHead, kernels: Any) -> None:
+    step = make_step(student(gpu_llama, "bfloat16", 0.1), head, settings)
+    assert step.descent.operations is kernels
+    assert kernels_name(settings) == "Triton 3.0.0 kernels"
+    assert kernels_name(settings.model_copy(update={"step": "eager"})) == ""
+    other = adapted.student(gpu_llama, ["q_proj", "down_proj"], 0.1, dtype="bfloat16", device="cuda")
+    assert make_step(other, head, settings).descent.operations is None
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("bfloat16", 0.03), ("float32", 1e-5)])
+def test_gradients_by_kernels_are_the_eager_steps(
+    gpu_llama: Path, settings: Distill, head: TeacherHead, kernels: Any, dtype: str, near: float
+) -> None:
+    matches, states = examples()
+    found = []
+    for fused in (False, True):
+        model = student(gpu_llama, dtype, 0.0)
+        descent = Descent(model, settings, lean=fused, operations=kernels if fused else None)
+        batch = make_batch(matches[:3], states.__getitem__, BUCKET if fused else 1).map(torch.Tensor.cuda)
+        found.append(descent.gradient(batch, head.to("cuda")))
+    (losses, gradient), (ours, own) = found
+    assert torch.allclose(ours, losses, rtol=near)
+    assert (own - gradient).norm() <= near * gradient.norm()
+
+
+def test_dropout_differs_between_steps_and_not_between_runs(
+    gpu_llama: Path, settings: Distill, head: TeacherHead
+) -> None:
+    """Where the rate is as good as 0, only the masks move the loss."""
+    still = settings.model_copy(update={"learning_rate": 1e-30, "epochs": 3})
+    matches, states = examples()
+    runs = []
+    for _ in range(2):
+        step = make_step(student(gpu_llama, "bfloat16", 0.3), head, still)
+        runs.append([record.loss for record in descend(step, matches[:2], states.__getitem__, still)])
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == len(runs[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
