@@ -37,7 +37,7 @@ from kd.teacher.capture import fill
 if TYPE_CHECKING:
     import torch
 
-    from kd.assess.decode import Row
+    from kd.assess.row import Row
 
 GIB = 2**30
 DECODE_CPU_S, DECODE_GPU_S = 6.0, 60.0  # about the most that decoding one batch of rows may take
@@ -298,8 +298,9 @@ def shape_of(batch: Sequence[Any], bucket: int) -> tuple[int, int, int]:
 
 def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     """`kd assess`: what reading and continuing a full batch of rows takes, and what the last rows take."""
-    from kd.assess.decode import Row, slot_count
+    from kd.assess.decode import slot_count
     from kd.assess.generate import Ending
+    from kd.assess.row import Row
     from kd.distill.adapter import fresh_student
     from kd.models.load import load_tokenizer, model_folder
 

@@ -16,8 +16,8 @@ import pytest
 from asking import answers, rows_of
 from commands import unfinished
 
-from kd.assess.decode import NAN_TOKEN, Row
 from kd.assess.journal import Journal
+from kd.assess.row import NAN_TOKEN, Row
 from kd.cli import main
 from kd.models.load import encode, load_model, load_tokenizer
 
