@@ -83,9 +83,11 @@ class ByLength:
         if length not in self._launched:
             self._launched.add(length)
             return self._run(ids)
-        if length not in self._graphs and len(self._graphs) == GRAPHS:
+        found = self._graphs.pop(length) if length in self._graphs else self._record(ids)
+        self._graphs[length] = found  # the last is the one used last
+        if len(self._graphs) > GRAPHS:
             del self._graphs[next(iter(self._graphs))]
-        graph, held, states = self._graphs[length] = self._graphs.pop(length, None) or self._record(ids)
+        graph, held, states = found
         held.copy_(ids)
         graph.replay()
         return states.clone()
