@@ -62,7 +62,7 @@ def test_rows_say_what_the_modules_say(llama: Any, tokenizer: Any, slots: int) -
         assert [ending.response(row) for row in rows] == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     limits=st.lists(st.integers(1, LIMIT), min_size=len(PROMPTS), max_size=len(PROMPTS)),
     slots=st.integers(1, 5),

@@ -25,7 +25,8 @@ from kd.models.load import load_model, load_tokenizer
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
+DTYPES = [torch.float32, *(HALVES if GPU else [])]
 here = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter's process")
 
 
@@ -113,7 +114,7 @@ def test_attend(
 
 
 @here
-@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rows", [1, 5, 16, 33])
 def test_products(kernels: Any, dtype: torch.dtype, rows: int) -> None:
     tile = kernels.Tile(outputs=16, inputs=16, warps=4, stages=2)
@@ -170,8 +171,8 @@ def test_a_model_says_by_the_kernels_what_it_says_by_its_modules(
 
     folder: Path = make_tiny_llama(tmp_path_factory.mktemp("llama"), hidden_size=128, initializer_range=0.05)
     model, tokenizer = load_model(folder, "float32", DEVICE), load_tokenizer(folder)
-    prompts, limit = ["Tom has 3 apples.", "", "How many?"], 6
+    prompts, limit = ["Tom has 3 apples.", ""], 4
     expected = answers(model, tokenizer, prompts, limit, slots=None)
     rows, ending = rows_of(tokenizer, prompts, limit), Ending(tokenizer, end_ids(model))
-    list(decode(model, rows, 2 * 48, 30, ending.reached, ending.end_ids, kernels))
+    list(decode(model, rows, 48, 30, ending.reached, ending.end_ids, kernels))
     assert [ending.response(row) for row in rows] == expected
