@@ -34,7 +34,7 @@ from kd.assess.row import Row
 
 LOOK = 8  # steps between two looks of the host
 REFILL = 8  # waiting rows join when this fraction (one in REFILL) of the slots is free, not one by one
-PREFILL_TOKENS = 8192  # of prompts read in one forward on a GPU
+PREFILL_TOKENS = 8192  # of prompts read in one forward
 
 
 def lacking() -> str | None:
@@ -89,7 +89,7 @@ def is_written_out(model: Any) -> bool:
     config = model.config
     odd = config.attention_bias or config.mlp_bias or config.pretraining_tp > 1 or config.hidden_act != "silu"
     fixed = getattr(model.model.rotary_emb, "rope_type", "default") != "dynamic"
-    return not odd and fixed and config.hidden_size // config.num_attention_heads in (32, 64, 128, 256)
+    return not odd and fixed and config.hidden_size // config.num_attention_heads in (32, 64, 128)
 
 
 class Layer(NamedTuple):
@@ -203,7 +203,7 @@ class AheadDecoder:
         self.owed.update((row.index, row.limit - 1) for row in rows.values())
         slots = list(rows)
         while slots:
-            count = max(1, PREFILL_TOKENS // len(rows[slots[0]].prompt)) if self.on_gpu else 1
+            count = max(1, PREFILL_TOKENS // len(rows[slots[0]].prompt))
             group, slots = slots[:count], slots[count:]
             self._read(group, [rows[slot] for slot in group])
 
