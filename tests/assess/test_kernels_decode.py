@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from asking import answers, rows_of
+from tiny import make_tiny_llama
 
 from kd.assess import plain
 from kd.assess.decode import decode
@@ -31,9 +32,10 @@ here = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the inter
 
 
 @pytest.mark.skipif(GPU or INTERPRETED, reason="they run in this process")
-def test_the_kernels_by_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not often", pytest.param("often", marks=pytest.mark.often)])
+def test_the_kernels_by_the_interpreter(which: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", which, __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -164,11 +166,10 @@ def test_choose(kernels: Any, dtype: torch.dtype) -> None:
 
 
 @here
+@pytest.mark.often
 def test_a_model_says_by_the_kernels_what_it_says_by_its_modules(
     kernels: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from tiny import make_tiny_llama
-
     folder: Path = make_tiny_llama(tmp_path_factory.mktemp("llama"), hidden_size=128, initializer_range=0.05)
     model, tokenizer = load_model(folder, "float32", DEVICE), load_tokenizer(folder)
     prompts, limit = ["Tom has 3 apples.", ""], 4
