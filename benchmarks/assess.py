@@ -4,9 +4,11 @@
 
 A Llama in the shape of Llama 3.1 8B with random weights, bfloat16, on one GPU; `--tiny`, a very small one on the CPU,
 only shows that the benchmark runs. Prompts are random tokens of GSM8K's lengths and no row ends before its limit
-(`min_new_tokens` there, no end token here), so the work does not depend on what random weights say. The batched figure
-is of whole rows, with prefill and the capture of CUDA graphs; of one row at a time some tokens are enough. The floor of
-a decode step is the time of reading the weights once at the bandwidth of a copy on the same device in the same run.
+(`min_new_tokens` there, no end token here), so the work does not depend on what random weights say. Rows are decoded by
+the modules (kd/assess/decode.py) and by the kernels (kd/assess/ahead.py). The batched figures are of whole rows, with
+prefill and the capture of CUDA graphs, behind a short run that compiles the kernels; of one row at a time some tokens
+are enough. The floor of a decode step is the time of reading the weights once at the bandwidth of a copy on the same
+device in the same run.
 """
 
 from __future__ import annotations
@@ -20,9 +22,14 @@ from typing import Any
 
 import torch
 from result import write_result
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd.assess.decode import Row, SlotDecoder, decode
+from kd.assess import plain
+from kd.assess.ahead import AheadDecoder, kernels_for
+from kd.assess.decode import SlotDecoder, decode
+from kd.assess.row import Row
 
 LIMIT = 350
 STEP_ROWS = 64
@@ -55,20 +62,36 @@ def main() -> None:
 
     one_row = [one_row_rate(model, prompt, one_row_tokens) for prompt in prompts[:4]][1:]  # the first one warms up
     print(f"one row at a time: {statistics.median(one_row):.1f} tokens/s", flush=True)
-    batched = batched_rate(model, prompts, batch_tokens)
-    print(f"batched: {batched:.0f} tokens/s", flush=True)
-    step = step_seconds(model, STEP_ROWS)
+    kernels = kernels_for(model) or plain
+    batched_rate(model, prompts[:STEP_ROWS], batch_tokens, kernels)  # compiles them
+    batched = {
+        way: batched_rate(model, prompts, batch_tokens, operations)
+        for way, operations in (("modules", None), ("kernels", kernels), ("kernels again", kernels))
+    }
+    print("batched, tokens/s:", {way: round(rate) for way, rate in batched.items()}, flush=True)
+    by_modules, by_kernels = modules_step(model, STEP_ROWS), kernels_step(model, STEP_ROWS, kernels)
+    steps = {way: step_seconds(work) / count for way, (work, count) in (by_modules | by_kernels).items()}
     bandwidth = copy_bandwidth(device)
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     floor = weights / bandwidth
-    print(f"decode step of {STEP_ROWS} rows: {step * 1e3:.2f} ms; weights once: {floor * 1e3:.2f} ms", flush=True)
+    print(f"weights once: {floor * 1e3:.2f} ms; a decode step of {STEP_ROWS} rows:", flush=True)
+    kernel_times = {}
+    for way, (work, count) in (by_modules | by_kernels).items():
+        kernel_times[way] = breakdown(work, count) if device == "cuda" else {}
+        print(f"{way}: {steps[way] * 1e3:.2f} ms", *kernel_lines(kernel_times[way]), sep="\n    ", flush=True)
     write_result(
         "assess-tiny" if tiny else "assess",
-        {"speedup": batched / statistics.median(one_row), "decode_over_floor": step / floor},
+        {
+            "speedup": batched["kernels"] / statistics.median(one_row),
+            "over_modules": batched["kernels"] / batched["modules"],
+            "decode_over_floor": steps["kernels"] / floor,
+        },
         {
             "one_row_tokens_per_s": {"median": statistics.median(one_row), "values": one_row},
-            "batched_tokens_per_s": {"rows": rows, "tokens_per_row": LIMIT, "value": batched},
-            "decode_step_ms": {"rows": STEP_ROWS, "position": LIMIT, "median": step * 1e3},
+            "batched_tokens_per_s": {"rows": rows, "tokens_per_row": LIMIT, "values": batched},
+            "decode_step_ms": {"rows": STEP_ROWS, "position": LIMIT}
+            | {way: median * 1e3 for way, median in steps.items()},
+            "kernels_ms_a_step": kernel_times,
             "weights_gb": weights / 1e9,
             "copy_gb_per_s": bandwidth / 1e9,
             "floor_ms": floor * 1e3,
@@ -105,21 +128,71 @@ def one_row_rate(model: Any, prompt: list[int], tokens: int) -> float:
     return tokens / seconds(generate)
 
 
-def batched_rate(model: Any, prompts: list[list[int]], batch_tokens: int) -> float:
+def batched_rate(model: Any, prompts: list[list[int]], batch_tokens: int, operations: Any) -> float:
     """Tokens per second of our decoder on all prompts."""
     rows = [Row(i, prompt, LIMIT) for i, prompt in enumerate(prompts)]
     length = max(map(len, prompts)) + LIMIT
-    taken = seconds(lambda: list(decode(model, rows, batch_tokens, length, lambda row: len(row.new) == row.limit)))
+    steps = decode(model, rows, batch_tokens, length, lambda row: len(row.new) == row.limit, operations=operations)
+    taken = seconds(lambda: list(steps))
     assert all(len(row.new) == LIMIT for row in rows), [row.failure for row in rows if row.failure]
     return len(rows) * LIMIT / taken
 
 
-def step_seconds(model: Any, rows: int) -> float:
-    """Median seconds of a decode step, tokens to and from the device included, for rows that stand at LIMIT."""
+Work = tuple[Callable[[], object], int]  # and how many decode steps it is
+
+
+def modules_step(model: Any, rows: int) -> dict[str, Work]:
+    """A step for rows that stand at LIMIT, tokens to and from the device included."""
     decoder = SlotDecoder(model, rows, 512)
     newest = {slot: (slot, LIMIT) for slot in range(rows)}
-    with torch.inference_mode():
-        return statistics.median([seconds(lambda: decoder.step(newest)) for _ in range(25)][5:])
+    return {"modules": (torch.inference_mode()(lambda: decoder.step(newest)), 1)}
+
+
+def kernels_step(model: Any, rows: int, operations: Any) -> dict[str, Work]:
+    """A round of steps about LIMIT, with what the host reads of the round before."""
+    decoder = AheadDecoder(model, rows, 512, frozenset(), operations)
+    active = {slot: Row(slot, [0] * (LIMIT - decoder.look // 2), 10**6) for slot in range(rows)}
+    decoder.owed = dict.fromkeys(range(rows), 10**6)
+    decoder.state.lasts.fill_(511)
+
+    @torch.inference_mode()
+    def round_of_steps() -> None:
+        decoder.state.positions.fill_(LIMIT - decoder.look // 2)
+        decoder.launch(active)
+        decoder.report(active)
+
+    return {"kernels": (round_of_steps, decoder.look)}
+
+
+def step_seconds(work: Callable[[], object]) -> float:
+    """Median seconds of `work`, repeated, without the first times, which record graphs."""
+    times = []
+    for _ in range(25):
+        start = time.perf_counter()
+        work()  # it waits for the device where a caller would
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[5:])
+
+
+def breakdown(work: Callable[[], object], steps: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each kernel of the GPU in a step, and how often it runs, the longest first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(3):
+            work()
+        torch.cuda.synchronize()
+    found = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
+    found.sort(key=lambda event: -event.self_device_time_total)
+    return {
+        event.key[:60]: {"ms": event.self_device_time_total / 3e3 / steps, "times": event.count / 3 / steps}
+        for event in found
+    }
+
+
+def kernel_lines(times: dict[str, dict[str, float]], most: int = 14) -> list[str]:
+    """The longest of a step's kernels, for a terminal."""
+    total = sum(kernel["ms"] for kernel in times.values())
+    lines = [f"{kernel['ms']:7.3f} ms {kernel['times']:6.1f} times  {name}" for name, kernel in times.items()]
+    return [f"{total:7.3f} ms in kernels", *lines[:most]] if times else []
 
 
 def copy_bandwidth(device: str) -> float:

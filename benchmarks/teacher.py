@@ -1,12 +1,14 @@
 """Questions per second, memory and exactness of the teacher's capture, beside the notebook's own loop.
 
     python benchmarks/teacher.py [--exl2 FOLDER]     on a GPU with exllamav2; writes benchmarks/results/teacher.json
+    python benchmarks/teacher.py --transformers      on a GPU with transformers, bfloat16; teacher-transformers.json
     python benchmarks/teacher.py --tiny              the same steps on a CPU, with transformers; writes nothing
 
 The model is a random Llama of 1B shape with a vocabulary of 128256, made on the spot; `--exl2` adds the exactness of a
 quantized one. The notebook's loop (llama-3.1-405b-6bpw/inference_gsm8k.ipynb) is written anew: a forward with all
 logits, `gc.collect`, `empty_cache`, the logits to the CPU and into a list. Ours is the whole way to a finished store on
-disk. Both read questions of the same lengths in the same run, in turns; medians count.
+disk. Both read questions of the same lengths in the same run, in turns; medians count. With transformers, each round of
+one question a forward starts without a CUDA graph, and one way goes without them.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from kd.store.reader import TeacherStore
 from kd.store.records import Prompt, Reading, Tokenization
 from kd.store.writer import StoreWriter
 from kd.teacher import backends
+from kd.teacher.backends import transformers as transformers_backend
 from kd.teacher.capture import fill
 
 ROUNDS = 5
@@ -95,17 +98,21 @@ TINY = Size(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: does the script work?")
+    parser.add_argument("--transformers", action="store_true", help="the transformers backend, one question a forward")
     parser.add_argument("--exl2", type=Path, help="a quantized model whose exactness is measured as well")
     options = parser.parse_args()
     size = TINY if options.tiny else FULL
-    backend = "transformers" if options.tiny else "exllamav2"
+    backend = "transformers" if options.tiny or options.transformers else "exllamav2"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_llama(folder / "llama", size)
         loaded = load(folder / "llama", backend, size)
         questions = make_questions(size.batched, size.llama["vocab_size"])
+        if options.transformers:
+            one_by_one(loaded, questions, size, folder)
+            return
         measured: dict[str, Any] = {"host memory during capture": host_memory(loaded, questions, folder)}
-        measured |= compare_speed(loaded, questions, size, folder)
+        measured |= compare_speed(every_way(loaded, questions, size, folder), questions)
         measured["exactness"] = {"unquantized": exactness(loaded, questions, folder)}
         measured["rebuilding"] = rebuilding(size)
         if options.exl2:
@@ -122,6 +129,56 @@ def main() -> None:
         print(measured, figures, sep="\n")
     else:
         write_result("teacher", figures, measured)
+
+
+def one_by_one(loaded: Loaded, questions: list[Reading], size: Size, folder: Path) -> None:
+    """With transformers: the notebook's loop, and one question a forward with CUDA graphs and without."""
+
+    def anew(use: bool) -> int:
+        loaded.ours._one_by_one = (
+            transformers_backend.ByLength(loaded.ours._run) if use and device() == "cuda" else None
+        )
+        return capture(loaded, questions if use else questions[: size.single], 1, folder / "single")
+
+    graphs, launched = "one question a forward", "one question a forward, launched"
+    ways: Ways = {
+        "notebook's loop": (size.notebook, lambda: notebook_loop(loaded, questions[: size.notebook])),
+        launched: (size.single, lambda: anew(False)),
+        graphs: (len(questions), lambda: anew(True)),
+    }
+    measured = compare_speed(ways, questions)
+    measured["graphs"] = graphs_of(loaded, questions)
+    rates = {name: way["questions_per_s"]["median"] for name, way in measured["ways"].items()}
+    figures = {
+        "speedup_single": rates[graphs] / rates["notebook's loop"],
+        "speedup_launched": rates[launched] / rates["notebook's loop"],
+    }
+    for name, way in measured["ways"].items():
+        print(f"{name}: {way['questions_per_s']['median']:.1f} questions/s, {way['device_gib']:.2f} GiB more")
+    print(measured["graphs"])
+    write_result("teacher-transformers", figures, measured)
+
+
+def graphs_of(loaded: Loaded, questions: list[Reading]) -> dict[str, Any]:
+    """What one graph for each length takes, and whether its states are those of the launched forward, bit for bit."""
+    by_length = {len(question.token_ids): question.token_ids for question in questions}
+    loaded.ours._one_by_one = transformers_backend.ByLength(loaded.ours._run)
+    launched = {length: loaded.ours.forward([token_ids])[0] for length, token_ids in by_length.items()}
+    synchronize()
+    free, start = torch.cuda.mem_get_info()[0], time.perf_counter()
+    recorded = {length: loaded.ours.forward([token_ids])[0] for length, token_ids in by_length.items()}
+    synchronize()
+    taken, used = time.perf_counter() - start, free - torch.cuda.mem_get_info()[0]
+    replayed = {length: loaded.ours.forward([token_ids])[0] for length, token_ids in by_length.items()}
+    return {
+        "lengths": len(by_length),
+        "ms to record and replay": taken / len(by_length) * 1e3,
+        "MiB each": used / len(by_length) / 2**20,
+        "ms to replay": seconds_each(lambda: loaded.ours.forward([questions[0].token_ids])) * 1e3,
+        "equal bit for bit": all(
+            torch.equal(states, found[length]) for length, states in launched.items() for found in (recorded, replayed)
+        ),
+    }
 
 
 def make_llama(folder: Path, size: Size) -> None:
@@ -173,10 +230,13 @@ def load(folder: Path, backend: Any, size: Size) -> Loaded:
     teacher = Teacher(
         backend=backend,
         model=FolderModel(source="folder", path=str(folder)),
-        dtype="float16" if backend == "exllamav2" else "float32",
+        dtype="float16" if backend == "exllamav2" else "bfloat16" if device() == "cuda" else "float32",
         batch_rows=size.batch_rows,
     )
-    own = load_model(folder, "float32", "cpu") if backend == "transformers" else autosplit(folder, size.batch_rows, 256)
+    if backend == "transformers":
+        own = load_model(folder, teacher.dtype, device())
+    else:
+        own = autosplit(folder, size.batch_rows, 256)
     return Loaded(teacher, backends.load(teacher, longest=256), own)
 
 
@@ -193,27 +253,32 @@ def autosplit(folder: Path, rows: int, tokens: int) -> Any:
     return model
 
 
-def compare_speed(loaded: Loaded, questions: list[Reading], size: Size, folder: Path) -> dict[str, Any]:
-    """Rounds of the notebook's loop, of one question a forward and of batches, in turns."""
-    ways: dict[str, Callable[[], int]] = {
-        "notebook's loop": lambda: notebook_loop(loaded, questions[: size.notebook]),
-        "one question a forward": lambda: capture(loaded, questions[: size.single], 1, folder / "single"),
-        "batches": lambda: capture(loaded, questions, size.batch_rows, folder / "batched"),
+Ways = dict[str, tuple[int, Callable[[], int]]]  # how many questions, and what reads them and returns bytes
+
+
+def every_way(loaded: Loaded, questions: list[Reading], size: Size, folder: Path) -> Ways:
+    """The notebook's loop, one question a forward, and batches."""
+    single, batches = size.single, size.batch_rows
+    return {
+        "notebook's loop": (size.notebook, lambda: notebook_loop(loaded, questions[: size.notebook])),
+        "one question a forward": (single, lambda: capture(loaded, questions[:single], 1, folder / "single")),
+        "batches": (size.batched, lambda: capture(loaded, questions, batches, folder / "batched")),
     }
-    counts = {"notebook's loop": size.notebook, "one question a forward": size.single, "batches": size.batched}
+
+
+def compare_speed(ways: Ways, questions: list[Reading]) -> dict[str, Any]:
+    """Rounds of each way, in turns."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for number in range(ROUNDS + 1):  # the first warms up
-        for name, way in ways.items():
+        for name, (count, way) in ways.items():
             with peaks() as peak:
                 start = time.perf_counter()
                 written = way()
                 taken = time.perf_counter() - start
-            tokens = sum(len(question.token_ids) for question in questions[: counts[name]])
+            tokens = sum(len(question.token_ids) for question in questions[:count])
             if number:
-                found[name].append(
-                    {"questions_per_s": counts[name] / taken, "bytes_per_token": written / tokens} | peak
-                )
-    return {"ways": {name: summary(rounds) | {"questions": counts[name]} for name, rounds in found.items()}}
+                found[name].append({"questions_per_s": count / taken, "bytes_per_token": written / tokens} | peak)
+    return {"ways": {name: summary(rounds) | {"questions": ways[name][0]} for name, rounds in found.items()}}
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
@@ -245,7 +310,7 @@ def plain_logits(loaded: Loaded, token_ids: list[int]) -> torch.Tensor:
         logits: torch.Tensor = loaded.own.forward(ids)
         return logits
     with torch.inference_mode():
-        return loaded.own(ids).logits
+        return loaded.own(ids.to(device())).logits
 
 
 def capture(loaded: Loaded, questions: list[Reading], batch_rows: int, folder: Path) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kd.assess.decode import ALIGNMENT, Row
+from kd.assess.decode import ALIGNMENT
 from kd.assess.generate import Ending, end_ids, respond, respond_one_at_a_time
+from kd.assess.row import Row
 from kd.models.load import encode
 from kd.scoring.log import Response
 

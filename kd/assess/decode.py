@@ -1,5 +1,8 @@
 """Greedy decoding of many prompts at once by a Llama: one step for all rows, and waiting rows take the place of ended.
 
+On a GPU with Triton the step is that of `kd/assess/ahead.py`; the one here is for every other machine, and what that
+one is measured by.
+
 transformers gives the weights, their modules and the prefill. Its `generate` is not used here, because a batch there
 has one position for all rows, so none can leave or join; its static cache is written at that one position; and its
 attention copies keys and values once per query head of a group. So the decode step below is our own: the same modules
@@ -15,52 +18,37 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812 (the field's own name)
 
+from kd.assess.ahead import PREFILL_TOKENS, REFILL, AheadDecoder, decode_ahead
+from kd.assess.row import NAN_TOKEN, Row
 from kd.errors import UserError
 
 STRIDE = 128  # positions by which the attended part of the cache grows on a GPU; one CUDA graph each
 ALIGNMENT = 16  # positions; attention kernels read their mask in aligned pieces
-PREFILL_TOKENS = 8192  # of prompts read in one forward on a GPU
-REFILL = 8  # waiting rows join when this fraction (one in REFILL) of the slots is free, not one by one
 CPU_ROWS = 8  # rows of a step on a CPU come in multiples of this; the cache has room for them
 CACHE_SHARE = 0.8  # of the GPU memory that the weights left free; the rest is for activations and graphs
-NAN_TOKEN = -1  # where the logits hold one
-NOT_A_NUMBER = "its logits are not numbers (NaN)"
-
-
-@dataclass
-class Row:
-    """One prompt being continued by at most `limit` tokens; `failure` says why it could not be."""
-
-    index: int
-    prompt: list[int]
-    limit: int
-    new: list[int] = field(default_factory=list)
-    failure: str | None = None
-
-    @property
-    def position(self) -> int:
-        """Where its newest token stands, which the next step reads."""
-        return len(self.prompt) + len(self.new) - 1
-
-    def add(self, token: int) -> None:
-        """One more token, or the mark that there is none."""
-        if token == NAN_TOKEN:
-            self.failure = NOT_A_NUMBER
-        else:
-            self.new.append(token)
 
 
 def decode(
-    model: Any, rows: Iterable[Row], batch_tokens: int, length: int, ended: Callable[[Row], bool]
+    model: Any,
+    rows: Iterable[Row],
+    batch_tokens: int,
+    length: int,
+    ended: Callable[[Row], bool],
+    ends: frozenset[int] = frozenset(),
+    operations: ModuleType | None = None,
 ) -> Iterator[list[Row]]:
-    """Continue every row until it has `ended` or failed; after each step, yield those that did with it.
+    """Continue every row until it has `ended` or failed; after each step or round of steps, yield those that did.
+
+    `ends` are tokens with which any row has ended, so that the device need not ask. `operations` are the kernels that
+    are there for the model (`ahead.kernels_for`); without them its modules do the work.
 
     `batch_tokens` bounds the cache: slots times `length`, the most positions a row can need. On a GPU the slots are
     also bounded by what is free, and halved when memory runs out; the rows in them start anew.
@@ -72,7 +60,11 @@ def decode(
     slots = slot_count(model, len(waiting), batch_tokens, length)
     active: dict[int, Row] = {}
     while waiting:
-        if (yield from _until_out_of_memory(model, slots, length, waiting, active, ended)):
+        if operations is None:
+            steps = partial(_by_modules, model, slots, length)
+        else:
+            steps = partial(_by_kernels, model, slots, length, ends, operations)
+        if (yield from _until_out_of_memory(steps, waiting, active, ended)):
             continue
         # Here, not where the error was caught: its traceback kept the cache alive.
         torch.cuda.empty_cache()
@@ -96,16 +88,28 @@ def slot_count(model: Any, rows: int, batch_tokens: int, length: int) -> int:
     return slots
 
 
+Steps = Callable[[deque[Row], dict[int, Row], Callable[[Row], bool]], Iterator[list[Row]]]
+
+
 def _until_out_of_memory(
-    model: Any, slots: int, length: int, waiting: deque[Row], active: dict[int, Row], ended: Callable[[Row], bool]
+    steps: Steps, waiting: deque[Row], active: dict[int, Row], ended: Callable[[Row], bool]
 ) -> Generator[list[Row], None, bool]:
-    """Decode all of `waiting` in `slots` slots; returns whether memory was enough, with what is unfinished in
-    `waiting` and `active`."""
+    """Decode all of `waiting`; returns whether memory was enough, with what is unfinished in `waiting` and `active`."""
     try:
-        yield from _decode(SlotDecoder(model, slots, length), waiting, active, ended)
+        yield from steps(waiting, active, ended)
     except torch.cuda.OutOfMemoryError:
         return False
     return True
+
+
+def _by_modules(model: Any, slots: int, length: int, *rows: Any) -> Iterator[list[Row]]:
+    return _decode(SlotDecoder(model, slots, length), *rows)
+
+
+def _by_kernels(
+    model: Any, slots: int, length: int, ends: frozenset[int], operations: ModuleType, *rows: Any
+) -> Iterator[list[Row]]:
+    return decode_ahead(AheadDecoder(model, slots, length, ends, operations), *rows)
 
 
 @torch.inference_mode()

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from kd.assess.decode import NOT_A_NUMBER, Row, decode
+from kd.assess.ahead import kernels_for
+from kd.assess.decode import decode
+from kd.assess.row import NOT_A_NUMBER, Row
 from kd.io.progress import progress, show_state
 from kd.io.stopping import device_failed
 from kd.scoring.log import Response
@@ -53,7 +55,9 @@ def respond(
     student: Any, rows: Sequence[Row], ending: Ending, batch_tokens: int, length: int, what: str
 ) -> Iterator[list[Row]]:
     """Continue every row greedily, many at once (`decode.decode`); yields rows as they end or fail."""
-    return _shown(decode(student, rows, batch_tokens, length, ending.reached), len(rows), what)
+    kernels = kernels_for(student)
+    steps = decode(student, rows, batch_tokens, length, ending.reached, ending.end_ids, kernels)
+    return _shown(steps, len(rows), what)
 
 
 def respond_one_at_a_time(student: Any, rows: Sequence[Row], ending: Ending, what: str) -> Iterator[list[Row]]:
@@ -65,9 +69,9 @@ def _shown(steps: Iterator[list[Row]], total: int, what: str) -> Iterator[list[R
     """`steps` without the empty ones, with progress on stderr."""
     tokens = 0
     with progress((), what, "question", total=total) as bar:
-        for number, ended in enumerate(steps, start=1):
+        for ended in steps:
             tokens += sum(len(row.new) for row in ended)
-            show_state(bar, f"step {number}, {tokens} tokens finished")
+            show_state(bar, f"{tokens} tokens finished")
             if ended:
                 bar.update(len(ended))
                 yield ended

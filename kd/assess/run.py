@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kd import fingerprint
-from kd.assess.decode import Row
+from kd.assess.ahead import lacking
 from kd.assess.generate import Ending, end_ids, respond, respond_one_at_a_time
 from kd.assess.journal import Journal
+from kd.assess.row import Row
 from kd.config import Config
 from kd.data.rows import Example, read_examples
 from kd.errors import UserError, WorkFailedError
@@ -167,6 +168,7 @@ def _refuse_failed(rows: Sequence[Row], questions: Questions, consequence: str) 
 def log_key(config: Config, experiment: str, exact: bool) -> str:
     """The key of all that shapes a log."""
     adapter = adapter_folder(config, experiment)
+    kernels = not exact and lacking() is None
     return fingerprint.key(
         __name__,
         {
@@ -174,13 +176,14 @@ def log_key(config: Config, experiment: str, exact: bool) -> str:
             "assess": config.assess.model_dump(),
             "experiment": asdict(config.experiments[experiment]),
             "exact": exact,
+            "kernels": kernels,
         },
         files=[
             config.artifacts / "data" / "test.jsonl",
             *([adapter / "adapter_config.json", adapter / ADAPTER_WEIGHTS] if adapter else []),
         ],
         models={"student": model_folder(config.student.model)},
-        libraries=("torch", "transformers", "peft", "tokenizers"),
+        libraries=("torch", "transformers", "peft", "tokenizers", *(["triton"] if kernels else [])),
         device=fingerprint.device_name(),
     )
 

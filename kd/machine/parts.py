@@ -37,7 +37,7 @@ from kd.teacher.capture import fill
 if TYPE_CHECKING:
     import torch
 
-    from kd.assess.decode import Row
+    from kd.assess.row import Row
 
 GIB = 2**30
 DECODE_CPU_S, DECODE_GPU_S = 6.0, 60.0  # about the most that decoding one batch of rows may take
@@ -298,8 +298,9 @@ def shape_of(batch: Sequence[Any], bucket: int) -> tuple[int, int, int]:
 
 def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     """`kd assess`: what reading and continuing a full batch of rows takes, and what the last rows take."""
-    from kd.assess.decode import Row, slot_count
+    from kd.assess.decode import slot_count
     from kd.assess.generate import Ending
+    from kd.assess.row import Row
     from kd.distill.adapter import fresh_student
     from kd.models.load import load_tokenizer, model_folder
 
@@ -339,23 +340,28 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
 
 def _wave(model: Any, rows: list[Row], batch_tokens: int, longest: int, ending: Any, gpu: bool) -> dict[str, Any]:
     """Seconds of rows that begin and end together: the first time, and again when CUDA graphs are recorded."""
+    from kd.assess.ahead import kernels_for
     from kd.assess.decode import decode
 
     budget, limit = (DECODE_GPU_S if gpu else DECODE_CPU_S), rows[0].limit
-    ticks = [time.perf_counter()]
-    with closing(decode(model, rows, batch_tokens, longest, ending.reached)) as steps:  # type: ignore[type-var]
+    start, ticks = time.perf_counter(), []  # when the rows had how many tokens: some more at each look
+    kernels = kernels_for(model)
+    with closing(decode(model, rows, batch_tokens, longest, ending.reached, operations=kernels)) as steps:  # type: ignore[type-var]
         for ended in steps:
-            ticks.append(time.perf_counter())
-            if ended or (ticks[-1] - ticks[0] > budget and len(ticks) > 6):
+            ticks.append((time.perf_counter(), len(rows[0].new)))
+            if ended or (ticks[-1][0] - start > budget and len(ticks) > 5):
                 break
         used = gpu_use()
     _empty_cache()
-    reading, *times = [later - earlier for earlier, later in pairwise(ticks)]
-    left = max(0, limit - 1 - len(times))
-    times += left * [statistics.median(times[-max(3, len(times) // 4) :])] if times else []
-    usual = statistics.median(times) if times else 0.0
-    again = reading + sum(min(seconds, 2 * usual) for seconds in times)
-    return {"seconds": reading + sum(times), "again_s": again, "measured_steps": limit - 1 - left, "gpu_gib": used}
+    looks = [tick for tick in ticks if tick[1]] or ticks[-1:]
+    reading, said = looks[0][0] - start, looks[-1][1]
+    times = [(later - earlier, more - fewer) for (earlier, fewer), (later, more) in pairwise(looks)]
+    each = [seconds / tokens for seconds, tokens in times if tokens]
+    left = max(0, limit - said) * statistics.median(each[-max(3, len(each) // 4) :]) if each else 0.0
+    usual = statistics.median(each) if each else 0.0
+    again = reading + sum(min(seconds, 2 * usual * tokens) for seconds, tokens in times) + left
+    seconds = reading + sum(seconds for seconds, _ in times) + left
+    return {"seconds": seconds, "again_s": again, "measured_steps": max(0, said - 1), "gpu_gib": used}
 
 
 def rest(params: Config, task: dict[str, Any]) -> dict[str, Any]:

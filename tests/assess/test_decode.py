@@ -10,8 +10,9 @@ import pytest
 import torch
 from asking import answers, rows_of
 
-from kd.assess.decode import NOT_A_NUMBER, Row, SlotDecoder, decode
+from kd.assess.decode import SlotDecoder, decode
 from kd.assess.generate import Ending, end_ids, respond_one_at_a_time
+from kd.assess.row import NOT_A_NUMBER, Row
 from kd.errors import UserError
 from kd.models.load import encode, load_model, load_tokenizer
 

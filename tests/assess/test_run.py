@@ -13,8 +13,8 @@ from asking import answers, rows_of
 from commands import unfinished
 from forked import begin
 
-from kd.assess.decode import NAN_TOKEN, Row
 from kd.assess.journal import Journal
+from kd.assess.row import NAN_TOKEN, Row
 from kd.cli import main
 from kd.models.load import encode, load_model, load_tokenizer
 

@@ -1,17 +1,23 @@
-"""Batched decoding with CUDA graphs: what `generate` says, however many slots the memory leaves."""
+"""Batched decoding with CUDA graphs, by the kernels and by the modules: what `generate` says, however many slots the
+memory leaves."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from asking import answers, rows_of
 
+from kd.assess import generate
+from kd.assess.ahead import AheadDecoder, decode_ahead, kernels_for, lacking
 from kd.assess.decode import SlotDecoder, decode
 from kd.assess.generate import Ending, respond
+from kd.assess.row import Row
 from kd.data.miniature import problems
 from kd.models.adapters import load_student
 from kd.models.load import load_tokenizer
@@ -24,6 +30,17 @@ LIMIT = 40
 @pytest.fixture
 def student(gpu_llama: Path) -> Any:
     return load_student(gpu_llama, "float32", None, "cuda")
+
+
+@pytest.fixture(params=["kernels", "modules"], autouse=True)
+def kernels(request: pytest.FixtureRequest, student: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
+    """What `respond` decodes by: the kernels, or without them."""
+    if request.param == "modules":
+        monkeypatch.setattr(generate, "kernels_for", lambda _: None)
+        return None
+    if missing := lacking():
+        pytest.skip(f"needs {missing}")
+    return kernels_for(student)
 
 
 @pytest.fixture
@@ -52,17 +69,19 @@ def test_a_batch_that_does_not_fit_is_halved_and_says_the_same(
     prompts: list[str],
     memory_limit: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
+    kernels: ModuleType | None,
 ) -> None:
     tokenizer = load_tokenizer(gpu_llama)
     expected = answers(student, tokenizer, prompts, LIMIT, slots=16)
     tried = []
-    real = SlotDecoder.__init__
+    kind: Any = AheadDecoder if kernels else SlotDecoder
+    real = kind.__init__
 
-    def counted(self: SlotDecoder, model: Any, slots: int, length: int) -> None:
+    def counted(self: Any, model: Any, slots: int, *more: Any) -> None:
         tried.append(slots)
-        real(self, model, slots, length)
+        real(self, model, slots, *more)
 
-    monkeypatch.setattr(SlotDecoder, "__init__", counted)
+    monkeypatch.setattr(kind, "__init__", counted)
     length = 16_384  # more positions than a row needs, so that the cache is what takes the memory
     rows, ending = rows_of(tokenizer, prompts, LIMIT), Ending(tokenizer, frozenset({1}))
     settings = student.config
@@ -74,11 +93,11 @@ def test_a_batch_that_does_not_fit_is_halved_and_says_the_same(
 
 
 def test_a_row_that_does_not_fit_alone_is_named(
-    gpu_llama: Path, student: Any, memory_limit: Callable[[int], None]
+    gpu_llama: Path, student: Any, memory_limit: Callable[[int], None], kernels: ModuleType | None
 ) -> None:
     rows = rows_of(load_tokenizer(gpu_llama), ["How many?"], LIMIT)
     memory_limit(2**20)
-    ((row,),) = [some for some in decode(student, rows, 1, 16_384, lambda _: False) if some]
+    ((row,),) = [some for some in decode(student, rows, 1, 16_384, lambda _: False, operations=kernels) if some]
     assert row.failure == "out of GPU memory, alone on it"
 
 
@@ -97,3 +116,33 @@ def test_no_number_in_one_row_leaves_the_others_alone(gpu_llama: Path, student: 
     clean = [i for i, row in enumerate(rows) if token not in row.prompt and token not in row.new]
     assert rows[0].failure is not None
     assert [ending.response(rows[i]) for i in clean] == [expected[i - 1] for i in clean]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_tokens_twice_whatever_runs_beside(
+    gpu_llama: Path, prompts: list[str], dtype: Any, kernels: ModuleType | None
+) -> None:
+    if kernels is None:
+        pytest.skip("is about the kernels")
+    student, tokenizer = load_student(gpu_llama, dtype, None, "cuda"), load_tokenizer(gpu_llama)
+    length, stop = 256, set(range(0, 401, 9))  # tokens of which only the host knows that they end a row
+    found = []
+    for beside in (True, True, False):
+        rows = rows_of(tokenizer, prompts, LIMIT)
+        decoder = AheadDecoder(student, 12, length, frozenset({1}), kernels, beside=beside)
+        waiting, active = deque(sorted(rows, key=lambda row: -len(row.prompt))), dict[int, Row]()
+        for _ in decode_ahead(decoder, waiting, active, lambda row: len(row.new) == LIMIT or row.new[-1] in stop | {1}):
+            pass
+        found.append([row.new for row in rows])
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_gpu_without_a_compiler_says_so_and_decodes(
+    student: Any, prompts: list[str], gpu_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tokenizer = load_tokenizer(gpu_llama)
+    expected = answers(student, tokenizer, prompts[:5], LIMIT)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(generate, "kernels_for", kernels_for)
+    assert answers(student, tokenizer, prompts[:5], LIMIT) == expected
+    assert "which is slower: the kernels need a C compiler" in capsys.readouterr().err
