@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.assess import plain
-from kd.assess.ahead import AheadDecoder, kernels_for
+from kd.assess.ahead import LOOK, AheadDecoder, kernels_for
 from kd.assess.decode import SlotDecoder, decode
 from kd.assess.row import Row
 
@@ -63,12 +63,15 @@ def main() -> None:
     one_row = [one_row_rate(model, prompt, one_row_tokens) for prompt in prompts[:4]][1:]  # the first one warms up
     print(f"one row at a time: {statistics.median(one_row):.1f} tokens/s", flush=True)
     kernels = kernels_for(model) or plain
-    batched_rate(model, prompts[:STEP_ROWS], batch_tokens, kernels)  # compiles them
-    batched = {
-        way: batched_rate(model, prompts, batch_tokens, operations)
-        for way, operations in (("modules", None), ("kernels", kernels), ("kernels again", kernels))
-    }
+    alike, uneven = [LIMIT] * rows, [draw.randint(20, LIMIT) for _ in range(rows)]
+    batched_rate(model, prompts[:STEP_ROWS], alike, batch_tokens, kernels)  # compiles them
+    ways = (("modules", None), ("kernels", kernels), ("kernels again", kernels))
+    batched, of_uneven = (
+        {way: batched_rate(model, prompts, limits, batch_tokens, operations) for way, operations in ways}
+        for limits in (alike, uneven)
+    )
     print("batched, tokens/s:", {way: round(rate) for way, rate in batched.items()}, flush=True)
+    print(f"of 20 to {LIMIT} tokens, tokens/s:", {way: round(rate) for way, rate in of_uneven.items()}, flush=True)
     by_modules, by_kernels = modules_step(model, STEP_ROWS), kernels_step(model, STEP_ROWS, kernels)
     steps = {way: step_seconds(work) / count for way, (work, count) in (by_modules | by_kernels).items()}
     bandwidth = copy_bandwidth(device)
@@ -89,6 +92,7 @@ def main() -> None:
         {
             "one_row_tokens_per_s": {"median": statistics.median(one_row), "values": one_row},
             "batched_tokens_per_s": {"rows": rows, "tokens_per_row": LIMIT, "values": batched},
+            "uneven_tokens_per_s": {"rows": rows, "tokens_per_row": f"20 to {LIMIT}", "values": of_uneven},
             "decode_step_ms": {"rows": STEP_ROWS, "position": LIMIT}
             | {way: median * 1e3 for way, median in steps.items()},
             "kernels_ms_a_step": kernel_times,
@@ -128,14 +132,14 @@ def one_row_rate(model: Any, prompt: list[int], tokens: int) -> float:
     return tokens / seconds(generate)
 
 
-def batched_rate(model: Any, prompts: list[list[int]], batch_tokens: int, operations: Any) -> float:
-    """Tokens per second of our decoder on all prompts."""
-    rows = [Row(i, prompt, LIMIT) for i, prompt in enumerate(prompts)]
+def batched_rate(model: Any, prompts: list[list[int]], limits: list[int], batch_tokens: int, operations: Any) -> float:
+    """Tokens per second of our decoder on all prompts, each continued by its limit."""
+    rows = [Row(i, prompt, limit) for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))]
     length = max(map(len, prompts)) + LIMIT
     steps = decode(model, rows, batch_tokens, length, lambda row: len(row.new) == row.limit, operations=operations)
     taken = seconds(lambda: list(steps))
-    assert all(len(row.new) == LIMIT for row in rows), [row.failure for row in rows if row.failure]
-    return len(rows) * LIMIT / taken
+    assert all(len(row.new) == row.limit for row in rows), [row.failure for row in rows if row.failure]
+    return sum(limits) / taken
 
 
 Work = tuple[Callable[[], object], int]  # and how many decode steps it is
@@ -151,17 +155,17 @@ def modules_step(model: Any, rows: int) -> dict[str, Work]:
 def kernels_step(model: Any, rows: int, operations: Any) -> dict[str, Work]:
     """A round of steps about LIMIT, with what the host reads of the round before."""
     decoder = AheadDecoder(model, rows, 512, frozenset(), operations)
-    active = {slot: Row(slot, [0] * (LIMIT - decoder.look // 2), 10**6) for slot in range(rows)}
+    active = {slot: Row(slot, [0] * (LIMIT - LOOK // 2), 10**6) for slot in range(rows)}
     decoder.owed = dict.fromkeys(range(rows), 10**6)
     decoder.state.lasts.fill_(511)
 
     @torch.inference_mode()
     def round_of_steps() -> None:
-        decoder.state.positions.fill_(LIMIT - decoder.look // 2)
+        decoder.state.positions.fill_(LIMIT - LOOK // 2)
         decoder.launch(active)
         decoder.report(active)
 
-    return {"kernels": (round_of_steps, decoder.look)}
+    return {"kernels": (round_of_steps, LOOK)}
 
 
 def step_seconds(work: Callable[[], object]) -> float:

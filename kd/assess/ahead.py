@@ -19,7 +19,6 @@ import sys
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -153,7 +152,7 @@ class AheadDecoder:
     """A Llama with a static cache of `slots` rows by `length` positions, which continues its rows by itself.
 
     A row ends with one of `ends`, at its limit, or when it is stopped. `operations` are `kd.assess.kernels` or
-    `kd.assess.plain`. `beside`: prompts are read on a stream of their own, beside the steps of the other rows.
+    `kd.assess.plain`.
     """
 
     def __init__(
@@ -163,13 +162,10 @@ class AheadDecoder:
         length: int,
         ends: frozenset[int],
         operations: ModuleType,
-        *,
-        look: int = LOOK,
-        beside: bool = True,
     ) -> None:
         config, self.device = model.config, model.device
         self.on_gpu = self.device.type == "cuda"
-        self.model, self.slots, self.length, self.look = model, slots, length, look
+        self.model, self.slots, self.length = model, slots, length
         self.ends = ends
         self.operations: Any = operations
         self.layers = [_layer(layer) for layer in model.model.layers]
@@ -184,22 +180,15 @@ class AheadDecoder:
             tokens=torch.zeros(slots, dtype=torch.long, device=self.device),
             positions=torch.zeros(slots, dtype=torch.int32, device=self.device),
             lasts=torch.zeros(slots, dtype=torch.int32, device=self.device),
-            ring=torch.zeros(slots, look + 1, dtype=torch.int32, device=self.device),  # a prompt's first token too
+            ring=torch.zeros(slots, LOOK + 1, dtype=torch.int32, device=self.device),  # a prompt's first token too
             ends=torch.tensor(sorted(ends), dtype=torch.int32, device=self.device),
         )
         self.rounds: deque[Round] = deque()
         self.owed: dict[int, int] = {}  # by row: tokens up to its limit that no step was launched for
-        self.unsure: set[int] = set()  # slots that the host stopped, where a step under way may still write
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.aside = torch.cuda.Stream() if self.on_gpu and beside else None
-        if self.aside is not None:
-            self.aside.wait_stream(torch.cuda.current_stream())
 
     def prefill(self, rows: Mapping[int, Row]) -> None:
         """Read whole prompts, given by slot and longest first, and choose each one's first new token."""
-        if self.aside is not None and self.unsure.intersection(rows):
-            self.aside.wait_stream(torch.cuda.current_stream())
-            self.unsure.clear()
         self.owed.update((row.index, row.limit - 1) for row in rows.values())
         slots = list(rows)
         while slots:
@@ -208,9 +197,9 @@ class AheadDecoder:
             self._read(group, [rows[slot] for slot in group])
 
     def launch(self, active: Mapping[int, Row]) -> None:
-        """Launch a round, of as many steps as a row of `active` still has up to its limit, at most `look`; none if
+        """Launch a round, of as many steps as a row of `active` still has up to its limit, at most LOOK; none if
         all is under way."""
-        steps = min(self.look, max(self.owed[row.index] for row in active.values()))
+        steps = min(LOOK, max(self.owed[row.index] for row in active.values()))
         if steps <= 0 and self.rounds:
             return
         rows = self._rows(max(active) + 1)
@@ -240,7 +229,6 @@ class AheadDecoder:
         """Let go of a row that is done, though the device may not know it."""
         if row.failure is None and row.new[-1] not in self.ends and len(row.new) < row.limit:
             self.state.lasts[slot] = 0
-            self.unsure.add(slot)
 
     def move_down(self, active: dict[int, Row]) -> None:
         """Move the rows of the highest slots into free lower ones, where steps on fewer rows come of it."""
@@ -276,26 +264,18 @@ class AheadDecoder:
         lengths = [len(row.prompt) for row in rows]
         longest = max(lengths)
         padded = [row.prompt + [0] * (longest - len(row.prompt)) for row in rows]
-        with self._beside():
-            where = self._there(slots)
-            last = self._there([length - 1 for length in lengths])
-            limits = self._there([length + row.limit - 1 for length, row in zip(lengths, rows, strict=True)])
-            read = self.model.model(self._there(padded), past_key_values=DynamicCache(), use_cache=True)
-            for layer in range(len(self.keys)):
-                self.keys[layer, where, :, :longest] = read.past_key_values.key_cache[layer]
-                self.values[layer, where, :, :longest] = read.past_key_values.value_cache[layer]
-            final = read.last_hidden_state[torch.arange(len(rows), device=self.device), last]
-            logits = self.model.lm_head(final)
-        if self.aside is not None:
-            torch.cuda.current_stream().wait_stream(self.aside)
-            for tensor in (where, last, limits, logits):
-                tensor.record_stream(torch.cuda.current_stream())
+        where = self._there(slots)
+        last = self._there([length - 1 for length in lengths])
+        limits = self._there([length + row.limit - 1 for length, row in zip(lengths, rows, strict=True)])
+        read = self.model.model(self._there(padded), past_key_values=DynamicCache(), use_cache=True)
+        for layer in range(len(self.keys)):
+            self.keys[layer, where, :, :longest] = read.past_key_values.key_cache[layer]
+            self.values[layer, where, :, :longest] = read.past_key_values.value_cache[layer]
+        final = read.last_hidden_state[torch.arange(len(rows), device=self.device), last]
+        logits = self.model.lm_head(final)
         self.state.positions[where] = last.int()
         self.state.lasts[where] = limits.int()
         self.operations.choose(logits, where.int(), self.state)
-
-    def _beside(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.aside is None else torch.cuda.stream(self.aside)
 
     def _replay(self, rows: int) -> None:
         """`_step`, on a GPU as a CUDA graph, captured when first asked for."""

@@ -119,22 +119,19 @@ def test_no_number_in_one_row_leaves_the_others_alone(gpu_llama: Path, student: 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_same_tokens_twice_whatever_runs_beside(
-    gpu_llama: Path, prompts: list[str], dtype: Any, kernels: ModuleType | None
-) -> None:
+def test_the_same_tokens_twice(gpu_llama: Path, prompts: list[str], dtype: Any, kernels: ModuleType | None) -> None:
     if kernels is None:
         pytest.skip("is about the kernels")
     student, tokenizer = load_student(gpu_llama, dtype, None, "cuda"), load_tokenizer(gpu_llama)
     length, stop = 256, set(range(0, 401, 9))  # tokens of which only the host knows that they end a row
     found = []
-    for beside in (True, True, False):
+    for _ in range(2):
         rows = rows_of(tokenizer, prompts, LIMIT)
-        decoder = AheadDecoder(student, 12, length, frozenset({1}), kernels, beside=beside)
+        decoder = AheadDecoder(student, 12, length, frozenset({1}), kernels)
         waiting, active = deque(sorted(rows, key=lambda row: -len(row.prompt))), dict[int, Row]()
-        for _ in decode_ahead(decoder, waiting, active, lambda row: len(row.new) == LIMIT or row.new[-1] in stop | {1}):
-            pass
+        list(decode_ahead(decoder, waiting, active, lambda row: len(row.new) == LIMIT or row.new[-1] in stop | {1}))
         found.append([row.new for row in rows])
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 def test_a_gpu_without_a_compiler_says_so_and_decodes(
