@@ -64,7 +64,7 @@ def main() -> None:
     print(f"one row at a time: {statistics.median(one_row):.1f} tokens/s", flush=True)
     kernels = kernels_for(model) or plain
     alike, uneven = [LIMIT] * rows, [draw.randint(20, LIMIT) for _ in range(rows)]
-    batched_rate(model, prompts[:STEP_ROWS], alike, batch_tokens, kernels)  # compiles them
+    batched_rate(model, prompts[:STEP_ROWS], alike[:STEP_ROWS], batch_tokens, kernels)  # compiles them
     ways = (("modules", None), ("kernels", kernels), ("kernels again", kernels))
     batched, of_uneven = (
         {way: batched_rate(model, prompts, limits, batch_tokens, operations) for way, operations in ways}

@@ -18,7 +18,8 @@ from conftest import REPOSITORY, environment
 
 from kd import config
 from kd.cli import main
-from kd.machine import rehearse
+from kd.distill import train
+from kd.machine import parts, rehearse
 from kd.machine.lengths import batch_tokens, gsm8k_lengths, spread
 from kd.machine.random_exl2 import bits_of
 from kd.machine.shapes import EXL2, LLAMA_1B, LLAMA_405B, llama_config, settings_of
@@ -48,14 +49,33 @@ def test_a_stage_takes_about_what_was_forecast(
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
     assert found["price"] == round(found["seconds"] / 1200, 2)
     assert "say nothing of results" in found["random_weights"]
-    train = next(stage for stage in found["stages"] if stage["stage"] == "train")
-    assert train["memory_gib"] > 0.1
-    assert train["gpu_gib"] == []
+    training = next(stage for stage in found["stages"] if stage["stage"] == "train")
+    assert training["memory_gib"] > 0.1
+    assert training["gpu_gib"] == []
     for command in (["prepare"], ["head"], ["teacher", "base"]):
         assert main(command) == 0
     start = time.perf_counter()
     run("train", "base-kd-2")
-    assert 1 / 3 < (time.perf_counter() - start) / train["each"]["base-kd-2"] < 3  # other tests run beside it
+    assert 1 / 3 < (time.perf_counter() - start) / training["each"]["base-kd-2"] < 3  # other tests run beside it
+
+
+def test_what_the_first_check_takes_is_not_reckoned_for_every_row(
+    tiny_params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_params["distill"] |= {"protocol": "published", "quirks": []}
+    rehearsal = rehearse.Rehearsal(
+        config.Config.model_validate(tiny_params), tmp_path, rehearse.Machine([], memory_gib=4.0)
+    )
+    monkeypatch.chdir(tmp_path)
+    slow, evaluate = iter([2.0]), train.evaluate
+
+    def slow_at_first(*given: Any) -> Any:
+        time.sleep(next(slow, 0.0))
+        return evaluate(*given)
+
+    monkeypatch.setattr(train, "evaluate", slow_at_first)
+    found = parts.train(config.Config.model_validate(rehearsal.task), {"kinds": {"": "fine-tuning-1"}})
+    assert found["test_row_s"] * rehearse.ROWS_CPU < 2
 
 
 def test_what_does_not_fit_exits_1_and_says_what_to_change(
