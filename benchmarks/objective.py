@@ -126,7 +126,7 @@ def main() -> None:
     measured = {name: measure(loss, given.hidden) for name, loss in contenders(given, SETTINGS).items()}
     for name, found in measured.items():
         print(
-            f"{name:<14}  {found['ms']:.1f} ms ({min(found['all_ms']):.1f} to {max(found['all_ms'][WARM:]):.1f})  "
+            f"{name:<14}  {found['ms']:.1f} ms ({min(found['all_ms'][WARM:]):.1f} to {max(found['all_ms'][WARM:]):.1f})  "
             f"{found['peak_gib']:.2f} GiB  loss {found['loss']:.5f}  gradient {found['norm']:.5e}",
             flush=True,
         )
