@@ -125,8 +125,9 @@ def main() -> None:
     given = make_inputs(Sizes(128, 1024, 128, 256) if tiny else Sizes(4096, 128256, 4096, 16384))
     measured = {name: measure(loss, given.hidden) for name, loss in contenders(given, SETTINGS).items()}
     for name, found in measured.items():
+        times = found["all_ms"][WARM:]
         print(
-            f"{name:<14}  {found['ms']:.1f} ms ({min(found['all_ms'][WARM:]):.1f} to {max(found['all_ms'][WARM:]):.1f})  "
+            f"{name:<14}  {found['ms']:.1f} ms ({min(times):.1f} to {max(times):.1f})  "
             f"{found['peak_gib']:.2f} GiB  loss {found['loss']:.5f}  gradient {found['norm']:.5e}",
             flush=True,
         )

@@ -19,6 +19,10 @@ from kd.audit.logs import SHA256, is_published
 
 REPOSITORY = Path(__file__).parent.parent
 
+if not torch.cuda.is_available():
+    # Triton's interpreter runs the kernels; it is asked for before anything imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 # What takes more than ten seconds, the longest first.
 LONG = (

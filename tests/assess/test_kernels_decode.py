@@ -1,14 +1,10 @@
 """Each kernel of a decoding step against the plain operation beside it.
 
-Where there is no GPU, Triton's interpreter runs them, in a process of its own: what is imported once is not interpreted
-any more. It knows no bfloat16.
+Where there is no GPU, Triton's interpreter runs them, which knows no bfloat16.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +19,11 @@ from kd.assess.generate import Ending, end_ids
 from kd.assess.plain import Slots
 from kd.models.load import load_model, load_tokenizer
 
-INTERPRETED = "TRITON_INTERPRET" in os.environ
-GPU = torch.cuda.is_available() and not INTERPRETED
+GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 HALVES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 DTYPES = [torch.float32, *(HALVES if GPU else [])]
-here = pytest.mark.skipif(not GPU and not INTERPRETED, reason="runs in the interpreter's process")
-
-
-@pytest.mark.skipif(GPU or INTERPRETED, reason="they run in this process")
-@pytest.mark.parametrize("which", ["not often", pytest.param("often", marks=pytest.mark.often)])
-def test_the_kernels_by_the_interpreter(which: str) -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", which, __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +33,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def kernels() -> Any:
-    from kd.assess import kernels
-
-    return kernels
+    return pytest.importorskip("kd.assess.kernels", reason="Triton is not installed", exc_type=ImportError)
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -73,7 +57,6 @@ def assert_close(found: torch.Tensor, right: torch.Tensor) -> None:
     assert away.abs().max() <= 16 * eps * right.abs().max()
 
 
-@here
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width", "parts"), [(1, 64, 0), (3, 96, 1), (5, 577, 3)])
 def test_add_norm(kernels: Any, dtype: torch.dtype, rows: int, width: int, parts: int) -> None:
@@ -84,7 +67,6 @@ def test_add_norm(kernels: Any, dtype: torch.dtype, rows: int, width: int, parts
     assert_close(found, right)
 
 
-@here
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("head_dim", "group", "kv_heads", "length", "parts"),
@@ -115,7 +97,6 @@ def test_attend(
             assert torch.equal(cache[6:].nan_to_num(7), old[6:].nan_to_num(7))  # not live, or no row's
 
 
-@here
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rows", [1, 5, 16, 33])
 def test_products(kernels: Any, dtype: torch.dtype, rows: int) -> None:
@@ -127,7 +108,6 @@ def test_products(kernels: Any, dtype: torch.dtype, rows: int) -> None:
     assert_close(kernels.gated(x, weight, tile), plain.gated(x, weight))
 
 
-@here
 def test_products_that_others_do_better(kernels: Any) -> None:
     for rows, width, dtype in ((kernels.PRODUCT_ROWS + 1, 64, torch.float16), (2, 72, torch.float16), (2, 64, None)):
         x, weight = drawn(rows, width, dtype=dtype or torch.float32), drawn(10, width, dtype=dtype or torch.float32)
@@ -137,14 +117,12 @@ def test_products_that_others_do_better(kernels: Any) -> None:
         assert_close(kernels.gated(x, weight), plain.gated(x, weight))
 
 
-@here
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gate(kernels: Any, dtype: torch.dtype) -> None:
     both = drawn(3, 2 * 1500, dtype=dtype)
     assert_close(kernels.gate(both), plain.gate(both))
 
 
-@here
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_choose(kernels: Any, dtype: torch.dtype) -> None:
     logits = drawn(7, 5000, dtype=dtype)
@@ -165,7 +143,6 @@ def test_choose(kernels: Any, dtype: torch.dtype) -> None:
     assert ours.positions.tolist() == [4, 4, 5, 4, 4, 3, 9, 4]
 
 
-@here
 @pytest.mark.often
 def test_a_model_says_by_the_kernels_what_it_says_by_its_modules(
     kernels: Any, tmp_path_factory: pytest.TempPathFactory

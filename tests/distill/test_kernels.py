@@ -1,7 +1,7 @@
 """The step's operations: each kernel against its plain version, and both, put together, against the modules' own way.
 
 Without a GPU, Triton's interpreter runs the kernels on CPU tensors, in float32: it has no bfloat16 products, and cuts
-where a GPU rounds. On a GPU `tests/gpu/test_kernels.py` does it in both.
+where a GPU rounds. On a GPU `tests/gpu/test_triton.py` does it in both.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import pytest
 import torch
 from adapted import student
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which nothing has done yet
 kernels = pytest.importorskip("kd.distill.kernels", reason="Triton is not installed", exc_type=ImportError)
 
 import operations  # noqa: E402
