@@ -59,6 +59,14 @@ def tiny_params(tiny_llama: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program named `python` whose `-m kd` begins at once."""
+    from forked import quick_python
+
+    return quick_python(tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="session")
 def gpu() -> None:
     """For what runs on a GPU: skips where there is none."""
     if not torch.cuda.is_available():

@@ -1,16 +1,22 @@
 """`kd` as processes that begin at once: forked from a server that has imported the libraries.
 
 What is killed, or runs beside itself, is a process of its own as ever; a test process could not fork it, for torch has
-threads there. Not for a GPU.
+threads there. What others start, DVC or a study's workers, they start by `quick_python`. Not for a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import runpy
+import select
+import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -56,3 +62,82 @@ def _kd(arguments: Sequence[str], variables: Mapping[str, str], said: Path, firs
     os.dup2(2, 1)
     first()
     sys.exit(main(arguments))
+
+
+# A Python whose `-m kd` and `-m dvc` a server forks; signals go there, its status comes from there. All else is
+# Python's own.
+QUICK = """#!{python} -IS
+import json, os, signal, socket, sys
+
+real = {python!r}
+if sys.argv[1:2] != ["-m"] or sys.argv[2] not in ("kd", "kd.cli", "kd.machine.parts", "dvc"):
+    os.execv(real, [real, *sys.argv[1:]])
+server = socket.socket(socket.AF_UNIX)
+server.connect({path!r})
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: server.send(bytes([number])))
+socket.send_fds(server, [json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode() + b"\\n"], [0, 1, 2])
+os._exit(server.recv(1)[0])
+"""
+
+
+def quick_python(folder: Path) -> Path:
+    """A program in the place of Python, in `folder`: `python -m kd` and `python -m dvc` begin at once, and so does what
+    they begin by `sys.executable`. Where it is killed, so is what it began."""
+    program = folder / "python"
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(folder / "server"))
+    listening.listen()
+    program.write_text(QUICK.format(python=sys.executable, path=str(folder / "server")))
+    program.chmod(0o755)
+    SERVER.Process(target=_serve, args=(listening,), daemon=True).start()
+    return program
+
+
+def _serve(listening: socket.socket) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        client, _ = listening.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listening.close()
+            _answer(client)
+        client.close()
+
+
+def _answer(client: socket.socket) -> None:
+    """Do as one client asks, in a process of its own."""
+    said, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
+    while not said.endswith(b"\n"):
+        said += client.recv(1 << 20)
+    (program, _, module, *arguments), folder, variables = json.loads(said)
+    ended, held = os.pipe()  # which ends with the process that holds it
+    work = os.fork()
+    if work == 0:
+        os.setpgid(0, 0)
+        client.close()
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.executable, sys.argv, sys.path[0] = program, [module, *arguments], folder
+        sys.orig_argv = [program, "-m", *sys.argv]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "kd"]:
+            del sys.modules[name]  # a folder may have a `kd` of its own
+        for first in variables.get("PYTHONPATH", "").split(os.pathsep):
+            if (customize := Path(first, "sitecustomize.py")).is_file():
+                runpy.run_path(str(customize))
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        sys.exit()
+    os.setpgid(work, work)
+    os.close(held)
+    while ended not in select.select([client, ended], [], [])[0]:
+        number = client.recv(1)
+        os.killpg(work, number[0] if number else signal.SIGKILL)
+        if not number:
+            break
+    status = os.waitstatus_to_exitcode(os.waitpid(work, 0)[1])
+    with suppress(BrokenPipeError):
+        client.send(bytes([status if status >= 0 else 128 - status]))
+    os._exit(0)

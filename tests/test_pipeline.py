@@ -1,7 +1,7 @@
 """The pipeline through real `dvc repro`, on a tiny random Llama, in a fresh clone's place.
 
-It is run whole once. What DVC makes of a change is seen where a stand-in does the work of every stage that loads a
-library for seconds.
+It is run whole once, by stages that need not load their libraries. What DVC makes of a change is seen where a stand-in
+does the work of every stage that loads a library for seconds.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,20 @@ if sys.orig_argv[1:3] == ["-m", "kd"] and sys.orig_argv[3] in MAKES:
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quickly(quick: Path) -> Iterator[None]:
+    """Let `python -m kd` and `python -m dvc` begin at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(quick))
+        yield
+
+
 def begin(folder: Path, *command: str, **variables: str) -> subprocess.Popen[str]:
     """A command in a clone, begun; on the CPU, for it is about DVC. Where the clone has a stand-in, that is used."""
     path = f"{folder / 'stand-in'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     variables |= {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    if command[0] == "dvc":
+        command = ("python", "-m", *command)
     return subprocess.Popen(
         command,
         cwd=folder,

@@ -35,7 +35,10 @@ def test_a_stage_takes_about_what_was_forecast(
     tiny_params: dict[str, Any],
     write_params: Callable[[dict[str, Any]], None],
     capsys: pytest.CaptureFixture[str],
+    quick: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys, "executable", str(quick))
     tiny_params["dataset"] |= {"train_rows": 40}
     tiny_params["seeds"] = [1, 2]
     write_params(tiny_params)
