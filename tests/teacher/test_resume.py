@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from commands import unfinished
+from conftest import make_tiny_params
 from forked import begin, status
+from ruamel.yaml import YAML
 
 from kd.cli import main
 from kd.errors import UserError, WorkFailedError
@@ -31,8 +33,25 @@ STORE = Path("artifacts/mini/teacher/base")
 PARTIAL = Path("artifacts/mini/teacher/.partial/base")
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """The artifacts ready to capture seven shards, and the files of an uninterrupted capture."""
+    params = make_tiny_params(tiny_llama)
+    params["dataset"]["train_rows"] = 13
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        patch.setattr(writer, "SHARD_EXAMPLES", 2)
+        YAML().dump(params, Path("params.yaml"))
+        for command in (["prepare"], ["head"], ["teacher", "base"]):
+            assert main(command) == 0
+        found = captured()
+        shutil.rmtree(STORE)
+        return Path("artifacts").absolute(), found
+
+
 @pytest.fixture
 def ready(
+    whole: tuple[Path, dict[str, bytes]],
     tiny_params: dict[str, Any],
     write_params: Callable[[dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -41,19 +60,15 @@ def ready(
     monkeypatch.setattr(writer, "SHARD_EXAMPLES", 2)
     tiny_params["dataset"]["train_rows"] = 13
     write_params(tiny_params)
-    assert main(["prepare"]) == 0
-    assert main(["head"]) == 0
+    shutil.copytree(whole[0], "artifacts")
     return tiny_params
 
 
 @pytest.fixture
-def expected(ready: dict[str, Any]) -> dict[str, bytes]:
-    """The files of an uninterrupted capture, which is removed again."""
+def expected(whole: tuple[Path, dict[str, bytes]], ready: dict[str, Any]) -> dict[str, bytes]:
+    """The files of an uninterrupted capture."""
     del ready
-    assert main(["teacher", "base"]) == 0
-    found = captured()
-    shutil.rmtree(STORE)
-    return found
+    return whole[1]
 
 
 def captured() -> dict[str, bytes]:
