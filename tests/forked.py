@@ -11,15 +11,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import pytest
 
 from kd.cli import main
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     "dvc.repo dvclive kd.cli kd.config matplotlib.pyplot optuna.visualization.matplotlib peft pytest torch._dynamo "
-    "transformers.models.llama.modeling_llama".split()
+    "transformers.models.llama.modeling_llama keyed".split()
 )
 SAID = Path("said")
 
@@ -28,6 +31,7 @@ def begin(*arguments: str, said: Path = SAID, first: Callable[[], object] = tupl
     """`kd`, begun, with more variables in its environment; what it says is added to a file. It calls `first`, a
     function of a module, before anything else."""
     process = SERVER.Process(target=_kd, args=(arguments, {**os.environ, **variables}, said, first))
+    _serve()
     process.start()
     return process
 
@@ -42,11 +46,19 @@ def status(process: BaseProcess, seconds: float = 120) -> int:
 def whole_seconds(*arguments: str, first: Callable[[], object] = tuple) -> float:
     """How long `kd` takes to its end, which must be a good one, where the server has its libraries."""
     nothing = SERVER.Process()  # which the server begins once it has imported them
+    _serve()
     nothing.start()
     nothing.join()
     began = time.monotonic()
     assert status(begin(*arguments, first=first)) == 0, SAID.read_text()
     return time.monotonic() - began
+
+
+def _serve() -> None:
+    """Have the server run; it finds the tests' modules, for of `sys.path` it is told nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        ensure_running()
 
 
 def _kd(arguments: Sequence[str], variables: Mapping[str, str], said: Path, first: Callable[[], object]) -> None:
