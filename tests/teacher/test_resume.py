@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import chdir
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -34,41 +35,40 @@ PARTIAL = Path("artifacts/mini/teacher/.partial/base")
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """The artifacts ready to capture seven shards, and the files of an uninterrupted capture."""
+def prepared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of a folder ready to capture seven shards."""
     params = make_tiny_params(tiny_llama)
     params["dataset"]["train_rows"] = 13
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("whole"))
-        patch.setattr(writer, "SHARD_EXAMPLES", 2)
+    with chdir(tmp_path_factory.mktemp("prepared")):
         YAML().dump(params, Path("params.yaml"))
-        for command in (["prepare"], ["head"], ["teacher", "base"]):
-            assert main(command) == 0
-        found = captured()
-        shutil.rmtree(STORE)
-        return Path("artifacts").absolute(), found
+        for command in ("prepare", "head"):
+            assert main([command]) == 0
+        return Path("artifacts").absolute()
 
 
 @pytest.fixture
 def ready(
-    whole: tuple[Path, dict[str, bytes]],
+    prepared: Path,
     tiny_params: dict[str, Any],
     write_params: Callable[[dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Any]:
-    """A working folder ready to capture seven shards; its params."""
+    """A working folder that is a copy of it; its params."""
     monkeypatch.setattr(writer, "SHARD_EXAMPLES", 2)
     tiny_params["dataset"]["train_rows"] = 13
     write_params(tiny_params)
-    shutil.copytree(whole[0], "artifacts")
+    shutil.copytree(prepared, "artifacts")
     return tiny_params
 
 
 @pytest.fixture
-def expected(whole: tuple[Path, dict[str, bytes]], ready: dict[str, Any]) -> dict[str, bytes]:
-    """The files of an uninterrupted capture."""
+def expected(ready: dict[str, Any]) -> dict[str, bytes]:
+    """The files of an uninterrupted capture, which is removed again."""
     del ready
-    return whole[1]
+    assert main(["teacher", "base"]) == 0
+    found = captured()
+    shutil.rmtree(STORE)
+    return found
 
 
 def captured() -> dict[str, bytes]:
