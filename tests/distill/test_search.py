@@ -132,7 +132,7 @@ def in_company() -> None:
             time.sleep(0.01)
         return descend(*arguments)
 
-    search.descend = descend_in_company
+    search.descend = descend_in_company  # type: ignore[assignment]
     search._plots = lambda *_: None
 
 
