@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +128,17 @@ def published_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     remote = REPOSITORY.parent / "shared" / "dvc"
     if not remote.exists():
         pytest.skip("the published logs are not here; `kd data fetch` brings them")
+    from dvc.cli import main as dvc
+
     folder = tmp_path_factory.mktemp("published")
     shutil.copy(REPOSITORY / "data.dvc", folder)
-    for command in (
-        "dvc init --quiet --no-scm",
-        f"dvc remote add --quiet shared {remote}",
-        "dvc pull --quiet -r shared data.dvc",
-    ):
-        subprocess.run(command.split(), cwd=folder, env=environment(), check=True)
+    with chdir(folder):
+        for command in (
+            "init --quiet --no-scm",
+            f"remote add --quiet shared {remote}",
+            "pull --quiet -r shared data.dvc",
+        ):
+            assert dvc(command.split()) == 0
     return folder / "data" / "published"
 
 

@@ -17,15 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import pytest
 
 from kd.cli import main
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     "dvc.repo dvclive kd.cli kd.config matplotlib.pyplot optuna.visualization.matplotlib peft pytest torch._dynamo "
-    "transformers.models.llama.modeling_llama".split()
+    "transformers.models.llama.modeling_llama keyed".split()
 )
 SAID = Path("said")
 
@@ -34,6 +37,7 @@ def begin(*arguments: str, said: Path = SAID, first: Callable[[], object] = tupl
     """`kd`, begun, with more variables in its environment; what it says is added to a file. It calls `first`, a
     function of a module, before anything else."""
     process = SERVER.Process(target=_kd, args=(arguments, {**os.environ, **variables}, said, first))
+    _have_server()
     process.start()
     return process
 
@@ -48,11 +52,19 @@ def status(process: BaseProcess, seconds: float = 120) -> int:
 def whole_seconds(*arguments: str, first: Callable[[], object] = tuple) -> float:
     """How long `kd` takes to its end, which must be a good one, where the server has its libraries."""
     nothing = SERVER.Process()  # which the server begins once it has imported them
+    _have_server()
     nothing.start()
     nothing.join()
     began = time.monotonic()
     assert status(begin(*arguments, first=first)) == 0, SAID.read_text()
     return time.monotonic() - began
+
+
+def _have_server() -> None:
+    """Have the server run; it finds the tests' modules, for of `sys.path` it is told nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        ensure_running()
 
 
 def _kd(arguments: Sequence[str], variables: Mapping[str, str], said: Path, first: Callable[[], object]) -> None:
@@ -90,6 +102,7 @@ def quick_python(folder: Path) -> Path:
     listening.listen()
     program.write_text(QUICK.format(python=sys.executable, path=str(folder / "server")))
     program.chmod(0o755)
+    _have_server()
     SERVER.Process(target=_serve, args=(listening,), daemon=True).start()
     return program
 
@@ -123,8 +136,9 @@ def _answer(client: socket.socket) -> None:
         os.environ.update(variables)
         sys.executable, sys.argv, sys.path[0] = program, [module, *arguments], folder
         sys.orig_argv = [program, "-m", *sys.argv]
-        for name in [name for name in sys.modules if name.partition(".")[0] == "kd"]:
-            del sys.modules[name]  # a folder may have a `kd` of its own
+        if Path("kd").is_dir():  # a checkout has its own
+            for name in [name for name in sys.modules if name.partition(".")[0] == "kd"]:
+                del sys.modules[name]
         for first in variables.get("PYTHONPATH", "").split(os.pathsep):
             if (customize := Path(first, "sitecustomize.py")).is_file():
                 runpy.run_path(str(customize))

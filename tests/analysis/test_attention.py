@@ -302,8 +302,8 @@ def test_heads_are_drawn_when_asked_for(capsys: pytest.CaptureFixture[str]) -> N
     assert all(image.startswith(b"\x89PNG") for image in first)
     assert first[0] != first[1]
     assert not ATTENTION.exists()
-    assert main(["attention", "--heads", "0:3,1:0"]) == 0
-    assert [path.read_bytes() for path in paths] == first
+    assert main(["attention", "--heads", "1:0"]) == 0
+    assert paths[1].read_bytes() == first[1]
 
 
 @pytest.mark.parametrize(

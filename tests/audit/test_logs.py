@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from commands import unfinished
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY
+from forked import begin, status
 
 from kd.audit import logs
 from kd.cli import main
@@ -66,7 +63,7 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/logs"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
@@ -130,8 +127,8 @@ def test_no_network_says_what_to_do(
     assert "Traceback" not in error
 
 
-def test_a_killed_download_leaves_no_file(server: Server, tmp_path: Path) -> None:
-    started = threading.Event()
+def test_a_killed_download_leaves_no_file(server: Server) -> None:
+    started, ended = threading.Event(), threading.Event()
 
     def stall(request: BaseHTTPRequestHandler, body: bytes) -> None:
         request.send_response(200)
@@ -140,32 +137,31 @@ def test_a_killed_download_leaves_no_file(server: Server, tmp_path: Path) -> Non
         request.wfile.write(body[:100_000])
         request.wfile.flush()
         started.set()
-        time.sleep(30)
+        ended.wait(30)
 
     server.reply = stall
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kd.cli", "data", "fetch", "--source", server.url],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stderr=subprocess.DEVNULL,
-    )
+    process = begin("data", "fetch", "--source", server.url)
     assert started.wait(30)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert status(process) == -signal.SIGKILL
+    ended.set()
     assert there() == {}
 
 
 def test_fetched_data_is_what_dvc_expects(
-    published_logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published_logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from dvc.cli import main as dvc
+
     monkeypatch.chdir(tmp_path)
     shutil.copy(REPOSITORY / "data.dvc", tmp_path)
-    subprocess.run(["dvc", "init", "--quiet", "--no-scm"], env=environment(), check=True)
+    assert dvc(["init", "--quiet", "--no-scm"]) == 0
     before = Path("data.dvc").read_bytes()
     server = Server({name: (published_logs / name).read_bytes() for name in logs.SHA256})
     assert main(["data", "fetch", "--source", server.url]) == 0
-    status = subprocess.run(["dvc", "status", "data.dvc"], env=environment(), capture_output=True, text=True)
-    assert "up to date" in status.stdout
+    capsys.readouterr()
+    assert dvc(["status", "data.dvc"]) == 0
+    assert "up to date" in capsys.readouterr().out
     assert Path("data.dvc").read_bytes() == before
     server.http.shutdown()
     Path("data/notes.txt").write_text("mine")

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import chdir
 from functools import partial
 from importlib import import_module
 from itertools import count
@@ -18,8 +19,10 @@ from typing import Any, get_args
 import pytest
 import torch
 from commands import contents, unfinished
+from conftest import make_tiny_params
 from forked import SAID, begin, status
 from peft import LoraConfig, PeftModel, get_peft_model
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from tiny import make_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,13 +36,33 @@ from kd.paper import PROMPTS
 ADAPTER = Path("artifacts/mini/adapters/teacher-kd-1")
 
 
+@pytest.fixture(scope="module")
+def taught(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of everything up to training."""
+    with chdir(tmp_path_factory.mktemp("taught")):
+        YAML().dump(make_tiny_params(tiny_llama), Path("params.yaml"))
+        for command in (["prepare"], ["head"], ["teacher", "teacher"]):
+            assert main(command) == 0
+        return Path("artifacts").absolute()
+
+
 @pytest.fixture
-def ready(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def ready(taught: Path, tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """A working folder in which everything up to training is done; its params."""
     write_params(tiny_params)
-    for command in (["prepare"], ["head"], ["teacher", "teacher"]):
-        assert main(command) == 0
+    shutil.copytree(taught, "artifacts")
     return tiny_params
+
+
+@pytest.fixture(scope="module")
+def trained(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter, trained by the params as they are."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copy(taught.parent / "params.yaml", folder)
+    shutil.copytree(taught, folder / "artifacts")
+    with chdir(folder):
+        assert main(["train", "teacher-kd"]) == 0
+    return folder / ADAPTER
 
 
 def losses(adapter: Path) -> list[float]:
@@ -130,11 +153,9 @@ def test_fine_tuning_needs_no_teacher_and_differs(
 
 
 @pytest.mark.usefixtures("ready")
-def test_same_bytes_twice_and_learning_rate_falls_and_climbs_back() -> None:
+def test_same_bytes_twice_and_learning_rate_falls_and_climbs_back(trained: Path) -> None:
     assert main(["train", "teacher-kd"]) == 0
-    before = {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()}
-    assert main(["train", "teacher-kd"]) == 0
-    assert {path: path.read_bytes() for path in ADAPTER.rglob("*") if path.is_file()} == before
+    assert contents(ADAPTER) == contents(trained)
     rates = [
         float(line.split("\t")[1]) for line in (ADAPTER / "loss/plots/metrics/learning_rate.tsv").open() if "0" in line
     ]
@@ -144,33 +165,35 @@ def test_same_bytes_twice_and_learning_rate_falls_and_climbs_back() -> None:
     assert rates[-1] > 0.9 * rates[0]
 
 
-def test_the_loss_curve_has_a_line_for_each_step_and_the_last_ones_values_beside(ready: dict[str, Any]) -> None:
-    assert main(["train", "teacher-kd"]) == 0
+def test_the_loss_curve_has_a_line_for_each_step_and_the_last_ones_values_beside(
+    trained: Path, tiny_params: dict[str, Any]
+) -> None:
     curves = {}
     for name in ("loss", "cross_entropy", "divergence", "learning_rate"):
-        header, *lines = (ADAPTER / f"loss/plots/metrics/{name}.tsv").read_text().splitlines()
+        header, *lines = (trained / f"loss/plots/metrics/{name}.tsv").read_text().splitlines()
         assert header == f"step\t{name}"
         assert [line.split("\t")[0] for line in lines] == [str(step) for step in range(24)]
         curves[name] = [float(line.split("\t")[1]) for line in lines]
-    alpha, temperature = ready["distill"]["alpha"], ready["distill"]["temperature"]
+    alpha, temperature = tiny_params["distill"]["alpha"], tiny_params["distill"]["temperature"]
     parts = zip(curves["cross_entropy"], curves["divergence"], strict=True)
     assert curves["loss"] == pytest.approx([alpha * ce + (1 - alpha) * temperature**2 * kl for ce, kl in parts])
     last = {name: values[-1] for name, values in curves.items()}
-    assert json.loads((ADAPTER / "loss/metrics.json").read_text()) == {"step": 23, **last}
+    assert json.loads((trained / "loss/metrics.json").read_text()) == {"step": 23, **last}
 
 
-def test_adapter_loads_with_peft_and_says_what_it_is(ready: dict[str, Any], tiny_llama: Path) -> None:
-    assert main(["train", "teacher-kd"]) == 0
+def test_adapter_loads_with_peft_and_says_what_it_is(
+    trained: Path, tiny_params: dict[str, Any], tiny_llama: Path
+) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     ids = torch.tensor([[0, 5, 6, 7]])
     with torch.inference_mode():
         before = base(ids).logits
-        after = PeftModel.from_pretrained(base, ADAPTER)(ids).logits
+        after = PeftModel.from_pretrained(base, trained)(ids).logits
     assert not torch.allclose(before, after)
-    config = json.loads((ADAPTER / "adapter_config.json").read_text())
+    config = json.loads((trained / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)
-    assert config["target_modules"] == sorted(ready["distill"]["lora"]["target_modules"])
-    card = (ADAPTER / "README.md").read_text()
+    assert config["target_modules"] == sorted(tiny_params["distill"]["lora"]["target_modules"])
+    card = (trained / "README.md").read_text()
     for said in (
         f"base_model: {tiny_llama}",
         "teacher store `teacher/teacher`",
@@ -182,7 +205,7 @@ def test_adapter_loads_with_peft_and_says_what_it_is(ready: dict[str, Any], tiny
     ):
         assert said in card
     assert "Built with Llama" not in card
-    check = json.loads((ADAPTER / "check.json").read_text())
+    check = json.loads((trained / "check.json").read_text())
     assert check["rows"] == 6
     assert 4 < check["check_loss"] < 40
 

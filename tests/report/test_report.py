@@ -139,7 +139,7 @@ def test_the_teachers_certainty_stands_behind_the_table_where_it_was_measured() 
 
 
 @pytest.mark.usefixtures("logs")
-def test_the_page_counts_what_the_table_counts_and_says_what_it_was_made_of() -> None:
+def test_the_page_counts_what_the_table_counts_and_shows_its_files_and_the_params_that_make_it_again() -> None:
     decided = ("row", "question", "sha256", "answer")
     question, response = "How many are 5 and 2?", "They are many."
     Path("reviews").mkdir()
@@ -149,6 +149,9 @@ def test_the_page_counts_what_the_table_counts_and_says_what_it_was_made_of() ->
     page = (REPORT / "index.html").read_text()
     assert sha256(Path("artifacts/mini/logs/teacher-kd-1.csv")) in page
     assert "distill.lora.rank" in page
+    stages = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for key in stages["report"]["params"]:
+        assert re.search(rf"<th scope=row>{key}\b", page), key
     assert "chart-loss" not in page  # no adapter is here
     rows = json.loads(zlib.decompress(base64.b64decode(page.partition('id="packed">')[2].partition("<")[0])))
     counted = dict(zip(rows["experiments"], rows["readings"][0], strict=True))
@@ -246,15 +249,6 @@ def test_a_student_that_collapsed_stays_in_the_table_and_is_marked(capsys: pytes
 
 
 @pytest.mark.usefixtures("logs")
-def test_the_page_shows_the_params_that_make_it_again() -> None:
-    assert main(["report"]) == 0
-    page = (REPORT / "index.html").read_text()
-    stages = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    for key in stages["report"]["params"]:
-        assert re.search(rf"<th scope=row>{key}\b", page), key
-
-
-@pytest.mark.usefixtures("logs")
 @pytest.mark.parametrize("row", ["3\tnan", "3\tx", "x\t2.0"])
 def test_an_unusable_loss_curve_is_refused(capsys: pytest.CaptureFixture[str], row: str) -> None:
     lose("base-kd", [2.0] * 3)
@@ -292,7 +286,7 @@ def three_seeds(logs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("three_seeds")
-def test_several_seeds_are_averaged_and_those_that_collapsed_are_named_beside_every_figure(
+def test_several_seeds_are_averaged_and_those_that_collapsed_named_beside_every_figure_and_each_is_on_the_page(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["report"]) == 0
@@ -326,10 +320,6 @@ def test_several_seeds_are_averaged_and_those_that_collapsed_are_named_beside_ev
     assert results["seeds"] == [1, 2, 3]
     assert results["check_losses"]["base-kd"] == {"check_loss": 5.0, "published": None}
 
-
-@pytest.mark.usefixtures("three_seeds")
-def test_the_page_has_every_seed_by_itself() -> None:
-    assert main(["report"]) == 0
     page = (REPORT / "index.html").read_text()
     assert ", seeds 1, 2 and 3;" in page
     assert ">1 of 3 seeds collapsed</text>" in page

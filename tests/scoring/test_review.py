@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import pty
 import signal
@@ -24,8 +23,11 @@ from params import keep
 from rows import prepare_tests
 
 from kd.cli import main
+from kd.config import load_config
 from kd.io.table import read_table, restored
 from kd.io.text import printable
+from kd.report.reading import read_runs
+from kd.report.results import collect
 from kd.scoring.log import COLUMNS
 from kd.scoring.review import SHEET_COLUMNS, OpenRow, export_sheet, highlighted
 
@@ -82,10 +84,10 @@ def decided() -> dict[str, str]:
         return {row["row"]: row["answer"] for row in csv.DictReader(file)}
 
 
-def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["report", "--json"]) == 0
-    result: dict[str, Any] = json.loads(capsys.readouterr().out)["experiments"]["teacher-kd"]["runs"][0]
+def reported() -> dict[str, Any]:
+    """The run's results, as `kd report` has them, without its charts and its page."""
+    config = load_config(Path("params.yaml"))
+    result: dict[str, Any] = collect(config, read_runs(config))["experiments"]["teacher-kd"]["runs"][0]
     return result
 
 
@@ -94,7 +96,7 @@ def test_answers_are_kept_and_counted_and_the_next_call_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {"correct": 1, "rows": 4, "accuracy": 0.25, "by_hand": 0, "undecided": [1, 3, 4]}
-    assert before.items() <= reported(capsys).items()
+    assert before.items() <= reported().items()
     answer_with(monkeypatch, "ten", "$10.00", "skip", "quit")
     assert main(["review", "teacher-kd"]) == 0
     shown = capsys.readouterr()
@@ -109,27 +111,25 @@ def test_answers_are_kept_and_counted_and_the_next_call_goes_on(
     assert main(["review", "teacher-kd"]) == 0  # goes on at row 3; the input ends at row 4
     assert "10?" not in capsys.readouterr().out
     assert decided() == {"1": "10", "3": "-1"}
-    result = reported(capsys)
+    result = reported()
     assert (result["correct"], result["by_hand"], result["undecided"]) == (2, 2, [4])
 
 
 @pytest.mark.usefixtures("log")
-def test_a_decision_does_not_count_for_another_response(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_decision_does_not_count_for_another_response(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(monkeypatch, "10", "30")
     assert main(["review", "teacher-kd"]) == 0
     write_log(["eleven", *RESPONSES[1:]])
-    result = reported(capsys)
+    result = reported()
     assert (result["correct"], result["by_hand"], result["undecided"]) == (2, 1, [1, 4])
     answer_with(monkeypatch, "11")
     assert main(["review", "teacher-kd"]) == 0
     write_log(RESPONSES)
-    assert reported(capsys)["undecided"] == [4]  # the first response's decision was kept beside the new one
+    assert reported()["undecided"] == [4]  # the first response's decision was kept beside the new one
 
 
 @pytest.mark.usefixtures("log")
-def test_a_sheet_goes_out_and_comes_back(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sheet_goes_out_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(monkeypatch, "10")
     assert main(["review", "teacher-kd"]) == 0
     assert main(["review", "teacher-kd", "--export", "sheet.csv"]) == 0
@@ -141,7 +141,7 @@ def test_a_sheet_goes_out_and_comes_back(monkeypatch: pytest.MonkeyPatch, capsys
     write_sheet(rows[::-1])
     assert main(["review", "teacher-kd", "--import", "sheet.csv"]) == 0
     assert decided() == {"1": "10", "3": "30"}
-    assert reported(capsys)["undecided"] == [4]
+    assert reported()["undecided"] == [4]
 
 
 FORMULAS = [
@@ -240,12 +240,10 @@ def test_spoilt_decisions_are_refused(capsys: pytest.CaptureFixture[str], rows: 
 
 
 @pytest.mark.usefixtures("log")
-def test_decisions_that_were_saved_by_a_spreadsheet_count_as_before(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_decisions_that_were_saved_by_a_spreadsheet_count_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(monkeypatch, "10", "30")
     assert main(["review", "teacher-kd"]) == 0
-    before = reported(capsys)
+    before = reported()
     with DECISIONS.open(newline="") as file:
         rows = list(csv.reader(file))
     saved = [
@@ -254,7 +252,7 @@ def test_decisions_that_were_saved_by_a_spreadsheet_count_as_before(
     ]
     lines = [";".join(f'"{cell}"' for cell in row) for row in [*saved, [""] * 4]]
     DECISIONS.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
-    assert reported(capsys) == before
+    assert reported() == before
     answer_with(monkeypatch, "40")
     assert main(["review", "teacher-kd"]) == 0  # and are written as ever
     assert decided() == {"1": "10", "3": "30", "4": "40"}

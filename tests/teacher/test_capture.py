@@ -7,11 +7,14 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import make_tiny_params
+from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_llama
@@ -28,12 +31,23 @@ MANIFEST = STORE / "manifest.json"
 SHARD = STORE / "states-00000.safetensors"
 
 
+@pytest.fixture(scope="module")
+def stores(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of a folder in which the prompts `teacher` and `base` were captured."""
+    with chdir(tmp_path_factory.mktemp("stores")):
+        YAML().dump(make_tiny_params(tiny_llama), Path("params.yaml"))
+        for command in (["prepare"], ["head"], ["teacher", "teacher"], ["teacher", "base"]):
+            assert main(command) == 0
+        return Path("artifacts").absolute()
+
+
 @pytest.fixture
-def captured(tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """A working folder in which the prompts `teacher` and `base` were captured; its params."""
+def captured(
+    stores: Path, tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """A working folder that is a copy of it; its params."""
     write_params(tiny_params)
-    for command in (["prepare"], ["head"], ["teacher", "teacher"], ["teacher", "base"]):
-        assert main(command) == 0
+    shutil.copytree(stores, "artifacts")
     return tiny_params
 
 

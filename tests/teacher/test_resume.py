@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import chdir
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 from commands import unfinished
+from conftest import make_tiny_params
 from forked import begin, status
+from ruamel.yaml import YAML
 
 from kd.cli import main
 from kd.errors import UserError, WorkFailedError
@@ -31,18 +34,30 @@ STORE = Path("artifacts/mini/teacher/base")
 PARTIAL = Path("artifacts/mini/teacher/.partial/base")
 
 
+@pytest.fixture(scope="module")
+def prepared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of a folder ready to capture seven shards."""
+    params = make_tiny_params(tiny_llama)
+    params["dataset"]["train_rows"] = 13
+    with chdir(tmp_path_factory.mktemp("prepared")):
+        YAML().dump(params, Path("params.yaml"))
+        for command in ("prepare", "head"):
+            assert main([command]) == 0
+        return Path("artifacts").absolute()
+
+
 @pytest.fixture
 def ready(
+    prepared: Path,
     tiny_params: dict[str, Any],
     write_params: Callable[[dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Any]:
-    """A working folder ready to capture seven shards; its params."""
+    """A working folder that is a copy of it; its params."""
     monkeypatch.setattr(writer, "SHARD_EXAMPLES", 2)
     tiny_params["dataset"]["train_rows"] = 13
     write_params(tiny_params)
-    assert main(["prepare"]) == 0
-    assert main(["head"]) == 0
+    shutil.copytree(prepared, "artifacts")
     return tiny_params
 
 
