@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, environment
+from dvc.cli import main as dvc_main
 from forked import SAID, begin, status
 from params import keep
 from ruamel.yaml import YAML
@@ -23,6 +25,8 @@ from kd.cli import main
 from kd.io.files import whole_folder
 from kd.machine import probe
 from kd.models.load import cache_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
 
 PIPELINE = """\
 stages:
@@ -67,6 +71,13 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def settled(checkout: Path) -> Path:
+    """That checkout, where DVC has been told already to do without Git."""
+    (checkout / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    return checkout
+
+
+@pytest.fixture
 def nox(tmp_path: Path) -> Callable[..., str]:
     """Run a session in a checkout to its end, a good one unless said; returns what it and its commands say."""
     real = shutil.which("uv", path=environment()["PATH"])
@@ -98,13 +109,13 @@ def environments_made(tmp_path: Path) -> int:
 
 
 def test_an_environment_that_was_moved_or_copied_is_made_anew_at_once(
-    checkout: Path, nox: Callable[..., str], tmp_path: Path
+    settled: Path, nox: Callable[..., str], tmp_path: Path
 ) -> None:
-    assert "made anew" not in nox(checkout, "report")
-    assert f"kd of {checkout}/.nox/kd" in nox(checkout, "report")
+    assert "made anew" not in nox(settled, "report")
+    assert f"kd of {settled}/.nox/kd" in nox(settled, "report")
     assert environments_made(tmp_path) == 1
 
-    moved = checkout.rename(tmp_path / "moved")
+    moved = settled.rename(tmp_path / "moved")
     said = nox(moved, "report")
     assert f"{moved}/.nox/kd: not made here with Python 3.11" in said
     assert f"kd of {moved}/.nox/kd" in said
@@ -120,17 +131,17 @@ def test_an_environment_that_was_moved_or_copied_is_made_anew_at_once(
 
 
 def test_half_an_environment_or_one_of_another_python_is_made_anew(
-    checkout: Path, nox: Callable[..., str], tmp_path: Path
+    settled: Path, nox: Callable[..., str], tmp_path: Path
 ) -> None:
-    nox(checkout, "report")
-    environment = checkout / ".nox/kd"
+    nox(settled, "report")
+    environment = settled / ".nox/kd"
     settings = environment / "pyvenv.cfg"
     settings.write_text(settings.read_text().replace("3.11", "3.12"))
-    assert "made anew" in nox(checkout, "report")
+    assert "made anew" in nox(settled, "report")
     for file in ("bin/activate", "bin/python"):
         (environment / file).unlink()
-        assert "made anew" in nox(checkout, "report")
-    assert "made anew" not in nox(checkout, "report")
+        assert "made anew" in nox(settled, "report")
+    assert "made anew" not in nox(settled, "report")
     assert environments_made(tmp_path) == 4
 
 
@@ -150,28 +161,25 @@ def test_a_session_does_without_git_where_there_is_none(
 
 
 def test_a_session_switches_params_and_what_it_refuses_is_mended_as_it_says(
-    checkout: Path, nox: Callable[..., str]
+    settled: Path, nox: Callable[..., str]
 ) -> None:
-    shutil.copytree(REPOSITORY / "profiles", checkout / "profiles")
-    params = checkout / "params.yaml"
+    shutil.copytree(REPOSITORY / "profiles", settled / "profiles")
+    params = settled / "params.yaml"
     params.write_text((REPOSITORY / "profiles/paper.yaml").read_text().replace("alpha: 8", "alpha: 9"))
-    said = nox(checkout, "mini", 1)
+    said = nox(settled, "mini", 1)
     assert "params.yaml is changed; keep it elsewhere, then `cp profiles/mini.yaml params.yaml`, or run it by" in said
     assert "alpha: 9" in params.read_text()
-    assert "is changed" not in nox(checkout, "repro", 1)  # but there are no such stages here
-    params.rename(checkout / "mine.yaml")
-    shutil.copy(checkout / "profiles/mini.yaml", params)
-    assert "is changed" not in nox(checkout, "mini", 1)
-    nox(checkout, "single-gpu", 1)
-    assert params.read_text() == (checkout / "profiles/single-gpu.yaml").read_text()
+    assert "is changed" not in nox(settled, "repro", 1)  # but there are no such stages here
+    params.rename(settled / "mine.yaml")
+    shutil.copy(settled / "profiles/mini.yaml", params)
+    assert "is changed" not in nox(settled, "mini", 1)
+    nox(settled, "single-gpu", 1)
+    assert params.read_text() == (settled / "profiles/single-gpu.yaml").read_text()
 
 
-def dvc(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["dvc", *arguments], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+def dvc(folder: Path, *arguments: str) -> None:
+    with contextlib.chdir(folder):
+        assert dvc_main(arguments) == 0
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -179,9 +187,12 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
-def test_copies_are_moved_as_the_doctor_says(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_moved_as_the_doctor_says(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     git(checkout, "init", "--quiet")
     dvc(checkout, "repro")
+    assert "Running stage" in caplog.text
     monkeypatch.chdir(checkout)
     assert probe.copies_folder() == checkout / ".dvc/cache"
     other = tmp_path / "a larger disk"
@@ -189,7 +200,9 @@ def test_copies_are_moved_as_the_doctor_says(checkout: Path, tmp_path: Path, mon
     dvc(checkout, "cache", "dir", "--local", str(other))
     assert probe.copies_folder() == other
     shutil.rmtree("artifacts")
-    assert "Running stage" not in dvc(checkout, "repro")
+    caplog.clear()
+    dvc(checkout, "repro")
+    assert "Running stage" not in caplog.text
     assert Path("artifacts/mini/second/row").read_text() == "1\n"
 
 
