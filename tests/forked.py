@@ -6,11 +6,13 @@ threads there. Not for a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,8 +20,8 @@ from kd.cli import main
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    "dvc.repo dvclive kd.cli kd.config matplotlib.pyplot optuna.visualization.matplotlib peft pytest torch._dynamo "
-    "transformers.models.llama.modeling_llama".split()
+    "dvc.repo dvclive kd.assess.run kd.cli kd.config kd.distill.train kd.teacher.capture matplotlib.pyplot peft pytest "
+    "optuna.visualization.matplotlib preloaded torch._dynamo transformers.models.llama.modeling_llama".split()
 )
 SAID = Path("said")
 
@@ -28,6 +30,7 @@ def begin(*arguments: str, said: Path = SAID, first: Callable[[], object] = tupl
     """`kd`, begun, with more variables in its environment; what it says is added to a file. It calls `first`, a
     function of a module, before anything else."""
     process = SERVER.Process(target=_kd, args=(arguments, {**os.environ, **variables}, said, first))
+    _serve()
     process.start()
     return process
 
@@ -41,12 +44,19 @@ def status(process: BaseProcess, seconds: float = 120) -> int:
 
 def whole_seconds(*arguments: str, first: Callable[[], object] = tuple) -> float:
     """How long `kd` takes to its end, which must be a good one, where the server has its libraries."""
+    _serve()
     nothing = SERVER.Process()  # which the server begins once it has imported them
     nothing.start()
     nothing.join()
     began = time.monotonic()
     assert status(begin(*arguments, first=first)) == 0, SAID.read_text()
     return time.monotonic() - began
+
+
+def _serve() -> None:
+    """Start the server, unless there is one, in this folder: of what it imports, some lies here."""
+    with contextlib.chdir(Path(__file__).parent):
+        forkserver.ensure_running()
 
 
 def _kd(arguments: Sequence[str], variables: Mapping[str, str], said: Path, first: Callable[[], object]) -> None:
