@@ -190,6 +190,7 @@ def git(folder: Path, *arguments: str) -> None:
 def test_copies_are_moved_as_the_doctor_says(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "dvc")
     git(checkout, "init", "--quiet")
     dvc(checkout, "repro")
     assert "Running stage" in caplog.text
