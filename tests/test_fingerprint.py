@@ -6,12 +6,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_tiny_params
 from ruamel.yaml import YAML
 from tiny import make_tiny_llama
 
@@ -65,6 +66,7 @@ def suffixes() -> set[str]:
     return {path.suffix for path in PAGE}
 
 
+@cache
 def counts(path: Path) -> bool:
     if path in PAGE:
         return True
@@ -72,6 +74,7 @@ def counts(path: Path) -> bool:
     return name not in fingerprint.NEUTRAL and path in closure(name)
 
 
+@cache
 def wanted(stage: str) -> set[Path]:
     files = set(closure(STAGES[stage]))
     return files | PAGE if REPOSITORY / "kd/report/page.py" in files else files
@@ -90,67 +93,81 @@ def test_every_stage_is_compared() -> None:
     assert set(stages()) == set(STAGES)
 
 
-@pytest.fixture
-def params(
-    tiny_params: dict[str, Any], tiny_llama: Path, tmp_path: Path, write_params: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    """A working folder with data and a model of its own, in which everything is there but what is tested."""
-    shutil.copytree(tiny_llama, tmp_path / "llama")
-    tiny_params["teacher"]["model"] = tiny_params["student"]["model"] = {"source": "folder", "path": "llama"}
-    tiny_params["distill"]["checkpoint_every"] = 4
-    write_params(tiny_params)
-    return tiny_params
+@pytest.fixture(scope="module")
+def prepared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with data, a head and a model of its own; an assessment answers few of its rows at a time."""
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(tiny_llama, folder / "llama")
+    params = make_tiny_params(tiny_llama)
+    params["teacher"]["model"] = params["student"]["model"] = {"source": "folder", "path": "llama"}
+    params["dataset"] |= {"train_rows": TRAIN_ROWS, "test_rows": TEST_ROWS}
+    params["distill"] |= {"epochs": 1, "checkpoint_every": 4}
+    params["assess"]["batch_tokens"] = 400
+    YAML().dump(params, folder / "params.yaml")
+    run_in(folder, "prepare", "head")
+    return folder
+
+
+def run_in(folder: Path, *commands: str) -> None:
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(folder)
+        for command in commands:
+            assert main(command.split()) == 0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command whose work can be gone on with: what comes before it, what it makes, and after how many forwards,
-    updates or rows kept it is stopped."""
+    """A command whose work can be gone on with: how many rows it goes through, and after how many it is stopped."""
 
-    before: list[str]
-    made: str
+    rows: int
     stop: int
 
 
+TRAIN_ROWS, TEST_ROWS = 24, 12
 INTERRUPTED = {
-    "teacher teacher": Stage(["prepare", "head"], "teacher/teacher", 20),
-    "train fine-tuning": Stage(["prepare"], "adapters", 6),
-    "assess no-distillation": Stage(["prepare"], "logs", 2),
+    "teacher teacher": Stage(TRAIN_ROWS, 20),
+    "train fine-tuning": Stage(TRAIN_ROWS, 6),
+    "assess no-distillation": Stage(TEST_ROWS, 6),
 }
 
 
 @dataclass
 class Work:
-    """What was done: one entry for each forward, update or keeping of rows. Stops a run at its `limit`."""
+    """How many rows were done: those of each forward, update or keeping. Stops a run at its `limit`."""
 
-    done: list[str] = field(default_factory=list)
+    done: int = 0
     limit: int | None = None
 
-    def note(self, patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    def note(self, patch: pytest.MonkeyPatch, owner: Any, name: str, rows: Callable[..., int]) -> None:
         original = getattr(owner, name)
 
         def noted(*arguments: Any, **named: Any) -> Any:
-            if len(self.done) == self.limit:
+            if self.limit is not None and self.done >= self.limit:
                 raise KeyboardInterrupt
             found = original(*arguments, **named)
-            self.done.append(name)
+            self.done += rows(*arguments)
             return found
 
         patch.setattr(owner, name, noted)
 
     def of(self, command: str, limit: int | None = None) -> int:
         """How much a run of `command` does, stopped at `limit`; unstopped it must end well."""
-        self.done, self.limit = [], limit
+        self.done, self.limit = 0, limit
         assert main(command.split()) == (0 if limit is None else 130)
-        return len(self.done)
+        return self.done
+
+
+def noted(patch: pytest.MonkeyPatch) -> Work:
+    found = Work()
+    found.note(patch, TransformersTeacher, "forward", lambda _, batch: len(batch))
+    found.note(patch, train, "Record", lambda *_: 1)
+    found.note(patch, Journal, "add", lambda _, responses: len(responses))
+    return found
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
-    found = Work()
-    for owner, name in ((TransformersTeacher, "forward"), (train, "Record"), (Journal, "add")):
-        found.note(monkeypatch, owner, name)
-    return found
+    return noted(monkeypatch)
 
 
 def other_weights(_: dict[str, Any], __: pytest.MonkeyPatch) -> None:
@@ -186,65 +203,84 @@ def another_device(_: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
 CHANGES = [other_weights, other_data, other_params, other_libraries, other_code, another_device]
 
 
+@pytest.fixture(scope="module", params=INTERRUPTED)
+def command(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def begun(command: str, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that folder where the command was stopped."""
+    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("begun"), dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        noted(patch).of(command, INTERRUPTED[command].stop)
+    return folder
+
+
 @pytest.fixture
-def long(params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The params with more rows, of which an assessment answers few at a time."""
-    params["assess"]["batch_tokens"] = 400
-    params["dataset"] |= {"train_rows": 24, "test_rows": 12}
-    params["distill"]["epochs"] = 1
-    write_params(params)
-    return params
+def in_begun(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder is a copy of that one."""
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("command", INTERRUPTED)
-@pytest.mark.usefixtures("long")
+@pytest.mark.usefixtures("in_begun")
 def test_what_was_begun_is_gone_on_with(work: Work, command: str) -> None:
-    stage = INTERRUPTED[command]
-    for name in stage.before:
-        assert main([name]) == 0
-    whole = work.of(command)
-    shutil.rmtree(f"artifacts/mini/{stage.made}")
-    work.of(command, stage.stop)
-    assert work.of(command) < whole
+    assert work.of(command) < INTERRUPTED[command].rows
+
+
+def make(change: Callable[[dict[str, Any], pytest.MonkeyPatch], None], patch: pytest.MonkeyPatch) -> None:
+    """Make a change in the working folder."""
+    params = YAML(typ="safe").load(Path("params.yaml"))
+    change(params, patch)
+    YAML().dump(params, Path("params.yaml"))
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("command", INTERRUPTED)
+@pytest.mark.usefixtures("in_begun")
 def test_what_was_begun_with_other_inputs_is_not(
-    long: dict[str, Any],
-    write_params: Callable[[dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
     work: Work,
     command: str,
     change: Callable[[dict[str, Any], pytest.MonkeyPatch], None],
 ) -> None:
-    stage = INTERRUPTED[command]
-    for name in stage.before:
-        assert main([name]) == 0
-    work.of(command, stage.stop)
-    change(long, monkeypatch)
-    write_params(long)
-    if "head" in stage.before:
+    make(change, monkeypatch)
+    if command.startswith("teacher"):
         assert main(["head"]) == 0
-    begun_anew = work.of(command)
-    shutil.rmtree(f"artifacts/mini/{stage.made}")
-    assert begun_anew == work.of(command)
+    assert work.of(command) == INTERRUPTED[command].rows
+
+
+@pytest.fixture(scope="module")
+def captured(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the prepared folder with a teacher's store."""
+    folder = shutil.copytree(prepared, tmp_path_factory.mktemp("captured"), dirs_exist_ok=True)
+    run_in(folder, "teacher teacher")
+    return folder
+
+
+@pytest.fixture
+def in_captured(captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder is a copy of that one."""
+    shutil.copytree(captured, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("in_captured")
+def test_a_store_made_of_the_same_inputs_is_there_and_right(capsys: pytest.CaptureFixture[str], work: Work) -> None:
+    assert work.of("teacher teacher") == 0
+    assert "is there and right" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.usefixtures("in_captured")
 def test_a_store_made_of_other_inputs_is_not_there_and_right(
-    params: dict[str, Any],
-    write_params: Callable[[dict[str, Any]], None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     work: Work,
     change: Callable[[dict[str, Any], pytest.MonkeyPatch], None],
 ) -> None:
-    for command in (["prepare"], ["head"], ["teacher", "teacher"], ["teacher", "teacher"]):
-        assert main(command) == 0
-    assert "is there and right" in capsys.readouterr().err
-    change(params, monkeypatch)
-    write_params(params)
+    make(change, monkeypatch)
     if change is other_weights:
         assert main(["teacher", "teacher"]) == 2
         assert "the head of llama at weights " in capsys.readouterr().err
@@ -252,20 +288,17 @@ def test_a_store_made_of_other_inputs_is_not_there_and_right(
     assert work.of("teacher teacher")
 
 
+@pytest.mark.usefixtures("in_captured")
 def test_an_adapter_is_not_trained_on_another_teacher_in_the_same_folder(
-    params: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command in (["prepare"], ["head"], ["teacher", "teacher"]):
-        assert main(command) == 0
-    other_weights(params, None)  # type: ignore[arg-type]
+    make(other_weights, monkeypatch)
     assert main(["train", "teacher-kd"]) == 2
     assert "captured from llama at weights " in capsys.readouterr().err
 
 
-def test_an_old_store_is_refused_with_one_sentence(params: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    del params
-    for command in (["prepare"], ["head"], ["teacher", "teacher"]):
-        assert main(command) == 0
+@pytest.mark.usefixtures("in_captured")
+def test_an_old_store_is_refused_with_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     manifest = Path("artifacts/mini/teacher/teacher/manifest.json")
     manifest.write_text(manifest.read_text().replace('"version": 3', '"version": 2'))
     assert main(["train", "teacher-kd"]) == 2

@@ -150,8 +150,15 @@ def test_the_miniature_needs_no_gpu_and_asks_no_network(
 
 
 @pytest.fixture
-def unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def usual_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC's copies lie where they usually do; DVC, which is not the question, is not started to say so."""
+    monkeypatch.setattr(probe, "copies_folder", lambda: Path(".dvc/cache"))
+
+
+@pytest.fixture
+def unfit(usual_copies: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A machine without GPUs, models and network; the paper's profile."""
+    del usual_copies
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(probe, "read_gpus", lambda: ())
     monkeypatch.setattr(probe, "read_driver", lambda: None)
@@ -284,6 +291,7 @@ BUNDLED = {"source": "bundled"}
     ("teacher", "student", "variable"),
     [(BUNDLED, BUNDLED, "KD_CACHE"), (HUB, HUB, "HF_HUB_CACHE"), (BUNDLED, HUB, "HF_HUB_CACHE")],
 )
+@pytest.mark.usefixtures("usual_copies")
 def test_the_models_disk_is_the_one_that_takes_them_and_the_variable_that_is_named_moves_it(
     teacher: dict[str, str], student: dict[str, str], variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +322,7 @@ def of_a_disk_each(read: Callable[..., Disk]) -> Callable[..., Disk]:
     return lambda path, held: dataclasses.replace(read(path, held), device=hash(path))
 
 
+@pytest.mark.usefixtures("usual_copies")
 def test_models_in_folders_of_ones_own_take_no_disk(tmp_path: Path) -> None:
     document = as_params(MINI) | {"needs": {"models_gib": 10**6}}
     for role in ("teacher", "student"):

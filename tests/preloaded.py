@@ -1,4 +1,5 @@
-"""What the server of `forked` imports last: the stages' code is read, as each process would read it for its key."""
+"""What the server of `forked` does before it forks anything: it reads the stages' code, as each process would for the
+key of its result."""
 
 from kd.fingerprint import code_sha256
 
