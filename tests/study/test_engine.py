@@ -131,13 +131,11 @@ def test_a_study_that_is_stopped_and_loses_a_worker_goes_on_and_ends_in_the_same
     small["questions"]["training"]["pairs"].pop()
     write_study(tmp_path, small)
     first = kd_study("run", tmp_path)
-    said = tmp_path / "work/said/capture-self-aligned.log"
-    wait_for(said.exists)
+    data = tmp_path / "work/tasks/data.json"
+    wait_for(lambda: data.exists() and "made" in json.loads(data.read_text()))
     first.terminate()
     assert status(first, 60) == 143
     assert "terminated; what is done is kept, and the same command goes on" in (tmp_path / SAID).read_text()
-    data = tmp_path / "work/tasks/data.json"
-    assert "made" in json.loads(data.read_text())
     before = data.stat().st_mtime_ns
 
     with start_cluster() as cluster:
