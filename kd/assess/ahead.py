@@ -29,10 +29,9 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from kd.assess.plain import Slots
-from kd.assess.row import Row
+from kd.assess.row import Row, halved, join, lower
 
 LOOK = 8  # steps between two looks of the host
-REFILL = 8  # waiting rows join when this fraction (one in REFILL) of the slots is free, not one by one
 PREFILL_TOKENS = 8192  # of prompts read in one forward
 
 
@@ -116,10 +115,7 @@ def decode_ahead(
 ) -> Iterator[list[Row]]:
     """Decode all of `waiting`; after each round, yield the rows that `ended` or failed in it."""
     while waiting or active:
-        free = [slot for slot in range(decoder.slots) if slot not in active]
-        if waiting and (not active or len(free) * REFILL >= decoder.slots):
-            joined = {slot: waiting.popleft() for slot in free[: len(waiting)]}
-            active.update(joined)
+        if joined := join(waiting, active, decoder.slots):
             decoder.prefill(joined)
         elif not waiting:
             decoder.move_down(active)
@@ -202,7 +198,7 @@ class AheadDecoder:
         steps = min(LOOK, max(self.owed[row.index] for row in active.values()))
         if steps <= 0 and self.rounds:
             return
-        rows = self._rows(max(active) + 1)
+        rows = halved(self.slots, max(active) + 1)
         for _ in range(steps):
             self._replay(rows)
         for row in active.values():
@@ -232,25 +228,15 @@ class AheadDecoder:
 
     def move_down(self, active: dict[int, Row]) -> None:
         """Move the rows of the highest slots into free lower ones, where steps on fewer rows come of it."""
-        rows = self._rows(len(active))
-        if rows == self._rows(max(active) + 1):
+        rows = halved(self.slots, len(active))
+        if rows == halved(self.slots, max(active) + 1):
             return
-        free = (slot for slot in range(rows) if slot not in active)
-        moves = {slot: next(free) for slot in list(active) if slot >= rows}
+        moves = lower(active, rows)
         old, new = self._there(list(moves)), self._there(list(moves.values()))
         state = self.state
         for held in (*self.keys, *self.values, state.tokens, state.positions, state.lasts, state.ring):
             held[new] = held[old]
         state.lasts[old] = 0
-        for slot, lower in moves.items():
-            active[lower] = active.pop(slot)
-
-    def _rows(self, needed: int) -> int:
-        """How many rows a step works on: all slots, halved as often as leaves the `needed` ones."""
-        rows = self.slots
-        while rows // 2 >= needed:
-            rows //= 2
-        return rows
 
     def _there(self, numbers: list[Any]) -> torch.Tensor:
         """Numbers on the device, for which the host does not wait."""

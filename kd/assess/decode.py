@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812 (the field's own name)
 
-from kd.assess.ahead import PREFILL_TOKENS, REFILL, AheadDecoder, decode_ahead
-from kd.assess.row import NAN_TOKEN, Row
+from kd.assess.ahead import PREFILL_TOKENS, AheadDecoder, decode_ahead
+from kd.assess.row import NAN_TOKEN, Row, halved, join, lower
 from kd.errors import UserError
 
 STRIDE = 128  # positions by which the attended part of the cache grows on a GPU; one CUDA graph each
@@ -117,10 +117,7 @@ def _decode(
     decoder: SlotDecoder, waiting: deque[Row], active: dict[int, Row], ended: Callable[[Row], bool]
 ) -> Iterator[list[Row]]:
     while waiting or active:
-        free = [slot for slot in range(decoder.slots) if slot not in active]
-        if waiting and (not active or len(free) * REFILL >= decoder.slots):
-            joined = {slot: waiting.popleft() for slot in free[: len(waiting)]}
-            active.update(joined)
+        if joined := join(waiting, active, decoder.slots):
             chosen = decoder.prefill({slot: row.prompt for slot, row in joined.items()})
         else:
             if not waiting:
@@ -184,13 +181,10 @@ class SlotDecoder:
         rows = self._rows(len(active))
         if rows == self._rows(max(active) + 1):
             return
-        free = (slot for slot in range(rows) if slot not in active)
-        moves = {slot: next(free) for slot in list(active) if slot >= rows}
+        moves = lower(active, rows)
         old, new = list(moves), list(moves.values())
         for cache in (*self.keys, *self.values):  # layer by layer, since indexing makes a copy
             cache[new] = cache[old]
-        for slot, lower in moves.items():
-            active[lower] = active.pop(slot)
 
     def clear(self, slot: int) -> None:
         """Forget a slot's keys and values: NaN would reach its next row even from masked positions."""
@@ -201,10 +195,7 @@ class SlotDecoder:
         """How many rows a step works on: on a GPU all slots, halved as often as leaves the `needed` ones."""
         if not self.on_gpu:
             return ceil(needed / CPU_ROWS) * CPU_ROWS
-        rows = self.slots
-        while rows // 2 >= needed:
-            rows //= 2
-        return rows
+        return halved(self.slots, needed)
 
     def _read(self, slots: list[int], prompts: list[list[int]]) -> torch.Tensor:
         """The model's own forward over whole prompts; what is padded behind them lies where no row looks."""

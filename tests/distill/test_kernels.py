@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted import student
+from adapted import VOCABULARY, examples, student, teacher_head
 
 kernels = pytest.importorskip("kd.distill.kernels", reason="Triton is not installed", exc_type=ImportError)
 
@@ -24,12 +24,10 @@ from kd.config import Distill, load_config  # noqa: E402
 from kd.distill import fused, plain  # noqa: E402
 from kd.distill.objective import Teacher, distillation_loss  # noqa: E402
 from kd.distill.step import Descent, make_batch  # noqa: E402
-from kd.protocol.alignment import Match  # noqa: E402
 from kd.store.head import NoHead, TeacherHead  # noqa: E402
 
 SETTINGS = load_config(Path(__file__).parents[2] / "profiles" / "mini.yaml").distill
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-VOCABULARY = 400
 # Odd where it may be, and two examples; then powers of two.
 SIZES = [
     operations.Sizes(22, 2, 24, plain.Heads(6, 2, 16), 37, 3, 101),
@@ -91,18 +89,7 @@ def test_dropout_keeps_its_share_and_differs_between_adapters() -> None:
 
 @pytest.fixture
 def head() -> TeacherHead:
-    torch.manual_seed(5)
-    return TeacherHead(torch.rand(24), torch.randn(VOCABULARY, 24), 1e-5)
-
-
-def examples() -> tuple[list[Match], dict[str, torch.Tensor]]:
-    torch.manual_seed(4)
-    matches, states = [], {}
-    for i, (length, first, rows) in enumerate([(9, 0, 7), (14, 5, 9)]):
-        ids, labels = (torch.randint(VOCABULARY, (n,)).tolist() for n in (length, rows))
-        matches.append(Match(f"train-{i}", ids, first, labels, f"train-{i}"))
-        states[f"train-{i}"] = torch.randn(rows, 24).half()
-    return matches, states
+    return teacher_head()
 
 
 @pytest.fixture(params=[plain, pytest.param(kernels, marks=needs_interpreter)], ids=["plain", "kernels"])

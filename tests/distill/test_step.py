@@ -7,18 +7,16 @@ from typing import get_args
 
 import pytest
 import torch
-from adapted import student
+from adapted import examples, student, teacher_head
 
 from kd.config import Distill, Projection, load_config
 from kd.distill import checkpoint
 from kd.distill.lean import Adapters, Joined
 from kd.distill.step import Batch, Descent, EagerStep, deterministic, make_batch, make_step
 from kd.errors import UserError
-from kd.protocol.alignment import Match
 from kd.store.head import TeacherHead
 
 PROFILES = Path(__file__).parent.parent.parent / "profiles"
-VOCABULARY = 400
 
 
 @pytest.fixture
@@ -28,18 +26,7 @@ def settings() -> Distill:
 
 @pytest.fixture
 def head() -> TeacherHead:
-    torch.manual_seed(5)
-    return TeacherHead(torch.rand(24), torch.randn(VOCABULARY, 24), 1e-5)
-
-
-def examples() -> tuple[list[Match], dict[str, torch.Tensor]]:
-    torch.manual_seed(4)
-    matches, states = [], {}
-    for i, (length, first, rows) in enumerate([(9, 0, 7), (14, 5, 9), (5, 2, 3)]):
-        ids, labels = (torch.randint(VOCABULARY, (n,)).tolist() for n in (length, rows))
-        matches.append(Match(f"train-{i}", ids, first, labels, f"train-{i}"))
-        states[f"train-{i}"] = torch.randn(rows, 24).half()
-    return matches, states
+    return teacher_head()
 
 
 @pytest.mark.parametrize("targets", [[*get_args(Projection)], ["v_proj", "up_proj", "down_proj"]])
