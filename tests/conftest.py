@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported is no garbage: going through it took a tenth of the time."""
+    """What is imported is no garbage, so the collector need not go through it."""
     gc.freeze()
 
 
