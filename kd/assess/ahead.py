@@ -12,16 +12,9 @@ become views.
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from importlib.util import find_spec
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,41 +23,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from kd.assess.plain import Slots
 from kd.assess.row import Row, halved, join, lower
+from kd.kernels import lacking
 
 LOOK = 8  # steps between two looks of the host
 PREFILL_TOKENS = 8192  # of prompts read in one forward
-
-
-def lacking() -> str | None:
-    """What the kernels need and this machine has not; None where they run."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        return "an NVIDIA GPU of compute capability 8.0 or more"
-    if find_spec("triton") is None:
-        return "Triton"
-    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # in Triton's order
-    compiler = next(filter(None, map(shutil.which, names)), None)
-    if compiler is None:
-        return f"a C compiler ({' or '.join(names)})"
-    return _launcher_lacks(compiler)
-
-
-@cache
-def _launcher_lacks(compiler: str) -> str | None:
-    """What Triton lacks to compile a kernel's launcher, which is C, beside the `compiler`; None if nothing."""
-    from triton.backends.nvidia import driver
-
-    try:
-        libraries = driver.library_dirs()
-    except AssertionError:  # its way to say so
-        return "libcuda.so.1 where ldconfig finds it"
-    headers = [sysconfig.get_paths()["include"], *driver.include_dir]
-    with TemporaryDirectory() as folder:
-        command = [compiler, "-shared", "-fPIC", "-o", f"{folder}/launcher.so", *(f"-I{path}" for path in headers)]
-        command += ["-x", "c", "-", *(f"-L{path}" for path in libraries), "-lcuda"]
-        code = "#include <Python.h>\n#include <cuda.h>\n"
-        done = subprocess.run(command, input=code, capture_output=True, text=True)
-    said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-    return f"Python's headers and libcuda.so ({compiler}: {said[0]})" if done.returncode else None
 
 
 def kernels_for(model: Any) -> ModuleType | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kd import fingerprint
-from kd.assess.ahead import lacking
 from kd.assess.generate import Ending, end_ids, respond, respond_one_at_a_time
 from kd.assess.journal import Journal
 from kd.assess.row import Row
@@ -21,6 +20,7 @@ from kd.errors import UserError, WorkFailedError
 from kd.io.distributed import take_gpus, this_process, wait_for_others
 from kd.io.files import remove_stale, unfinished_folder, whole_file, write_text
 from kd.io.stopping import what_is_kept
+from kd.kernels import lacking
 from kd.models.adapters import ADAPTER_WEIGHTS, adapter_folder, load_student
 from kd.models.load import context_length, default_device, load_tokenizer, model_folder
 from kd.protocol.reading import student_token_ids

@@ -8,7 +8,6 @@ kernels for the whole model. Dropout is four bits for each token and column, dra
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from functools import cache
 from types import ModuleType
@@ -18,25 +17,21 @@ import torch
 
 from kd.distill.lean import Adapters, joined_layers, runs_lean
 from kd.distill.plain import Down, Heads, Turn, Up
+from kd.kernels import lacking
 
 HIGHEST_RANK = 16  # above it the kernels' blocks outgrow the registers
 
 
 @cache
 def triton_kernels() -> ModuleType | None:
-    """`kd.distill.kernels` where it runs: a GPU, Triton, and a C compiler, which Triton wants once. Where it does not,
-    None, and one line says why."""
+    """`kd.distill.kernels` where they run; on a GPU where they do not, None, and one line says why."""
     if not torch.cuda.is_available():
         return None
-    try:
-        from kd.distill import kernels, programs
-
-        programs.swiglu.warmup(torch.bfloat16, torch.bfloat16, width=1, block=1, grid=(1, 1))
-    # No Triton; no compiler, or a driver that takes no kernel; no folder to keep them in; a compiler that fails; no
-    # libcuda found.
-    except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError, AssertionError) as error:
-        print(f"kd train: goes on without Triton's kernels, slower: {' '.join(str(error).split())}", file=sys.stderr)
+    if missing := lacking():
+        print(f"kd train: goes on without Triton's kernels, slower: they need {missing}", file=sys.stderr)
         return None
+    from kd.distill import kernels
+
     return kernels
 
 

@@ -11,15 +11,15 @@ import triton.language as tl
 
 @triton.jit
 def dropout_bits(out, seed, count, least, block: tl.constexpr):
-    number = tl.program_id(0) * block + tl.arange(0, block)
-    a, b, c, d = tl.randint4x(tl.load(seed), number)
+    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    a, b, c, d = tl.randint4x(tl.load(seed), place.to(tl.int32))
     least = tl.full((block,), least, tl.int64)
     # A word is unsigned; widened, it is compared as such.
     bits = (a.to(tl.uint32, bitcast=True).to(tl.int64) >= least).to(tl.int32)
     bits |= (b.to(tl.uint32, bitcast=True).to(tl.int64) >= least).to(tl.int32) << 1
     bits |= (c.to(tl.uint32, bitcast=True).to(tl.int64) >= least).to(tl.int32) << 2
     bits |= (d.to(tl.uint32, bitcast=True).to(tl.int64) >= least).to(tl.int32) << 3
-    tl.store(out + number, bits.to(tl.uint8), mask=number < count)
+    tl.store(out + place, bits.to(tl.uint8), mask=place < count)
 
 
 @triton.jit

@@ -44,6 +44,7 @@ def check(params: config.Config, machine: Machine) -> list[Check]:
         *_packages(machine),
         *(_gpus(params, machine) if gpus_needed(params) else _no_gpus()),
         _extension(params, machine),
+        _kernels(params, machine),
         _memory(params, machine),
         _place(params, machine),
         *_disks(params, machine),
@@ -156,6 +157,19 @@ def _extension(params: config.Config, machine: Machine) -> Check:
     if machine.extension is None:
         return Check(name, "skipped", "it takes the package and a GPU to try")
     return _check(name, machine.extension == "", machine.extension or "yes", extension_mend())
+
+
+def _kernels(params: config.Config, machine: Machine) -> Check:
+    """Without them it goes on, so that they lack is no failure."""
+    name = "Triton's kernels"
+    if not gpus_needed(params):
+        return Check(name, "not needed", "the profile runs on a CPU")
+    if machine.kernels is None:
+        return Check(name, "skipped", "it takes torch and a GPU to look at")
+    if machine.kernels == "":
+        return Check(name, "pass", "they run")
+    found = f"they need {machine.kernels}; without them training and answers go on, slower"
+    return Check(name, "skipped", found, "`docker build --target gpu --tag kd:gpu .` has all they need")
 
 
 def _memory(params: config.Config, machine: Machine) -> Check:

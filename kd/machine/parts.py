@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from datetime import datetime
+from importlib.util import find_spec
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -47,6 +48,38 @@ ALL = "all.jsonl"  # all training rows, where train.jsonl has some
 NOBODY = ModelIdentity(name="random", revision=None, weights=None, dtype="float16", backend="exllamav2", versions={})
 
 
+class Clock:
+    """Seconds that stand still while Triton compiles a kernel, which it does once a machine and not in every stage."""
+
+    def __init__(self) -> None:
+        self.compiled = 0.0
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.compiled
+
+    def leave_out_compiling(self) -> None:
+        """From now on, in this process."""
+        import torch
+
+        if not torch.cuda.is_available() or find_spec("triton") is None:
+            return
+        from triton import compiler
+
+        compile_kernel = compiler.compile
+
+        def noted(*given: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return compile_kernel(*given, **named)
+            finally:
+                self.compiled += time.perf_counter() - start
+
+        compiler.compile = noted
+
+
+clock = Clock()
+
+
 class Watched:
     """A teacher whose forwards are noted: when each came, and of how many tokens it was, padding included."""
 
@@ -64,7 +97,7 @@ class Watched:
 
         with closing(self.teacher.states(noted())) as stream:
             for number, states in enumerate(stream):
-                self.ticks.append((time.perf_counter(), *sizes[number]))
+                self.ticks.append((clock(), *sizes[number]))
                 yield states
 
     def intervals(self, ended: float) -> list[tuple[int, float]]:
@@ -132,18 +165,18 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(model_folder(params.teacher.model))
     examples = read_examples(params.artifacts / "data" / "train.jsonl")
     wanted = readings(params.distill, params.prompts[prompt], tokenizer, examples)
-    start = time.perf_counter()
+    start = clock()
     everything = read_examples(params.artifacts / "data" / ALL)
     lengths = {
         name: [len(reading.token_ids) for reading in readings(params.distill, text, tokenizer, everything)]
         for name, text in params.prompts.items()
     }
-    most, lengths_s = max(map(max, lengths.values())), time.perf_counter() - start
-    start = time.perf_counter()
+    most, lengths_s = max(map(max, lengths.values())), clock() - start
+    start = clock()
     with made_up(params.teacher.model, params.teacher.backend) as weights:
         loaded = backends.load(params.teacher, most)
-    load_s = time.perf_counter() - start - weights.seconds
-    start = time.perf_counter()
+    load_s = clock() - start - weights.seconds
+    start = clock()
     longest = [[2 + i % 7 for i in range(most)]] * rows
     for _ in loaded.states([longest]):  # warms up, and takes as much memory as any other
         pass
@@ -153,14 +186,14 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     about = (backends.identity(params.teacher), prompt_record(params, prompt), tokenization(tokenizer, params.distill))
     writer = StoreWriter(work, *about, key=key, batch_rows=rows)
     watched = capture_into(loaded, wanted, rows, writer)
-    ended = time.perf_counter()
+    ended = clock()
     writer.finish(read_head_manifest(params.artifacts / "teacher" / HEAD_FOLDER).sha256)
     put_in_place(work, target)
-    settled = time.perf_counter() - ended
+    settled = clock() - ended
     return {
         "made_up_s": weights.seconds,
         "load_s": load_s,
-        "measured_s": time.perf_counter() - start + lengths_s,
+        "measured_s": clock() - start + lengths_s,
         "lengths": lengths,
         "shard": writer.shard_examples,
         "forwards": watched.intervals(ended),
@@ -173,18 +206,19 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
 def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     """`kd train` on some rows, for each kind of student: what an update takes by its tokens, and a graph's recording;
     and what stays to be done once, or for each test row, checkpoint and update."""
+    clock.leave_out_compiling()
     with made_up(params.student.model, "transformers") as weights:
         (first, experiment), *others = task["kinds"].items()
         found = _train_first(params, experiment, weights)
         found["kinds"] = {first: found.pop("kind")}
-        start = time.perf_counter()
+        start = clock()
         base = found.pop("base")
         for kind, experiment in others:
             _empty_cache()
             found["kinds"][kind] = _updates(*_beginning(params, experiment, base)[1:], params)
-        found["measured_s"] += time.perf_counter() - start
+        found["measured_s"] += clock() - start
         found["log_s"] = _log_seconds(params.artifacts / "loss")
-    return found | {"made_up_s": weights.seconds}
+    return found | {"made_up_s": weights.seconds, "compiled_s": clock.compiled}
 
 
 def _train_first(params: Config, experiment: str, weights: MadeUp) -> dict[str, Any]:
@@ -194,9 +228,9 @@ def _train_first(params: Config, experiment: str, weights: MadeUp) -> dict[str, 
     from kd.distill.train import evaluate, run_key
 
     run_key(params, experiment)
-    start = time.perf_counter()
+    start = clock()
     student, step, lesson = _beginning(params, experiment)
-    load_s = time.perf_counter() - start - weights.seconds
+    load_s = clock() - start - weights.seconds
     work = params.artifacts / "adapters" / experiment
     work.mkdir(parents=True)
 
@@ -204,11 +238,11 @@ def _train_first(params: Config, experiment: str, weights: MadeUp) -> dict[str, 
         evaluate(student.get_base_model(), lesson.check, None, None, params.distill)
 
     check()  # what libraries take the first time counts as starting
-    start = time.perf_counter()
+    start = clock()
     kind = _updates(step, lesson, params)
     test_s = _timed(check)
     checkpoint_s = _timed(lambda: checkpoint.save(work / "checkpoints", step.descent, []))
-    measured_s, used = time.perf_counter() - start, gpu_use()
+    measured_s, used = clock() - start, gpu_use()
     shutil.rmtree(work / "checkpoints")
     save_adapter(student, params, experiment, lesson.matches, work)
     return {
@@ -246,10 +280,10 @@ def _updates(step: Any, lesson: Any, params: Config) -> dict[str, Any]:
     graphs = isinstance(step, GraphStep)
     budget, rounds = (TRAIN_GPU_S, 64) if graphs else (TRAIN_CPU_S, 3)
     endless = settings.model_copy(update={"epochs": rounds})
-    ticks = [time.perf_counter()]
+    ticks = [clock()]
     with closing(descend(step, matches, lesson.states, endless)) as records:  # type: ignore[type-var]
         for _ in records:
-            ticks.append(time.perf_counter())
+            ticks.append(clock())
             whole = len(ticks) - 1 >= (2 * len(batches) if graphs else 4)
             if whole and ticks[-1] - ticks[0] > budget:
                 break
@@ -309,14 +343,15 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     from kd.distill.adapter import fresh_student
     from kd.models.load import load_tokenizer, model_folder
 
+    clock.leave_out_compiling()
     fingerprint.code_sha256("kd.assess.run")  # a part of its key
     tokenizer = load_tokenizer(model_folder(params.student.model))
-    start = time.perf_counter()
+    start = clock()
     with made_up(params.student.model, "transformers") as weights:
         student = fresh_student(params, task["experiment"]) if task["experiment"] else _bare(params)
         student = student.merge_and_unload().eval() if task["experiment"] else student
-    load_s = time.perf_counter() - start - weights.seconds
-    start, ways = time.perf_counter(), []
+    load_s = clock() - start - weights.seconds
+    start, ways = clock(), []
     gpu = student.device.type == "cuda"
     used = gpu_use()
     for way in task["ways"]:
@@ -336,8 +371,9 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
         ways.append({"slots": slots, "full": waves[0], "last": waves[1] if len(waves) > 1 else None})
     return {
         "made_up_s": weights.seconds,
+        "compiled_s": clock.compiled,
         "load_s": load_s,
-        "measured_s": time.perf_counter() - start,
+        "measured_s": clock() - start,
         "ways": ways,
         "gpu_gib": used,
     }
@@ -349,11 +385,11 @@ def _wave(model: Any, rows: list[Row], batch_tokens: int, longest: int, ending: 
     from kd.assess.decode import decode
 
     budget, limit = (DECODE_GPU_S if gpu else DECODE_CPU_S), rows[0].limit
-    start, ticks = time.perf_counter(), []  # when the rows had how many tokens: some more at each look
+    start, ticks = clock(), []  # when the rows had how many tokens: some more at each look
     kernels = kernels_for(model)
     with closing(decode(model, rows, batch_tokens, longest, ending.reached, operations=kernels)) as steps:  # type: ignore[type-var]
         for ended in steps:
-            ticks.append((time.perf_counter(), len(rows[0].new)))
+            ticks.append((clock(), len(rows[0].new)))
             if ended or (ticks[-1][0] - start > budget and len(ticks) > 5):
                 break
         used = gpu_use()
@@ -373,9 +409,9 @@ def rest(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     """`kd statistics` of the store that is here."""
     from kd.analysis.certainty import measure_prompts
 
-    start = time.perf_counter()
+    start = clock()
     measure_prompts(params.model_copy(update={"prompts": {task["prompt"]: params.prompts[task["prompt"]]}}))
-    return {"measured_s": time.perf_counter() - start}
+    return {"measured_s": clock() - start}
 
 
 def made_up(model: Any, backend: str) -> Any:
@@ -412,9 +448,9 @@ def _empty_cache() -> None:
 
 
 def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 PARTS = {work.__name__: work for work in (head, teacher, train, assess, rest)}

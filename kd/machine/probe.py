@@ -56,8 +56,8 @@ class Machine:
     """One reading of a machine. `copies` is the disk of DVC's cache, `models` None where all are folders of the user's.
 
     `refusal` says why results cannot lie where they are to, `extension` why exllamav2 does not load ("" where it does,
-    None if not tried), `vocabularies` what keeps the student from learning of the teacher ("" if nothing, None if not
-    both are here).
+    None if not tried), `kernels` what Triton's lack here (in the same way), `vocabularies` what keeps
+    the student from learning of the teacher ("" if nothing, None if not both are here).
     """
 
     python: str
@@ -72,6 +72,7 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
     extension: str | None = None
+    kernels: str | None = None
     refusal: str | None = None
     vocabularies: str | None = None
 
@@ -95,6 +96,7 @@ def read_machine(params: config.Config) -> Machine:
         gpus=gpus,
         driver=read_driver() if gpus_needed(params) else None,
         extension=read_extension() if quantized and gpus and installed("exllamav2") else None,
+        kernels=read_kernels() if gpus and installed("torch") else None,
         refusal=_told(lambda: refuse_results_folder(params.artifacts)),
         vocabularies=compare_vocabularies(params.teacher.model, params.student.model),
     )
@@ -157,6 +159,13 @@ def read_extension() -> str:
     found = subprocess.run([sys.executable, "-c", "import exllamav2"], capture_output=True, text=True)
     last_words = found.stderr.strip().splitlines()[-1:] or [f"ended with status {found.returncode}"]
     return "" if found.returncode == 0 else last_words[0]
+
+
+def read_kernels() -> str:
+    """What Triton's kernels need and is not here; "" where they run."""
+    from kd.kernels import lacking
+
+    return lacking() or ""
 
 
 def find_data(params: config.Config) -> Source:

@@ -62,10 +62,10 @@ class Stage:
     why: str | None = None
     note: str = ""
 
-    def take(self, each: dict[str, float], places: int) -> None:
-        """Its processes take so many seconds each, so many of them at a time."""
+    def take(self, each: dict[str, float], places: int, once: float = 0.0) -> None:
+        """Its processes take so many seconds each, so many of them at a time, and some `once`."""
         self.each, self.one_s = each, statistics.fmean(each.values())
-        self.seconds = side_by_side(each.values(), places)
+        self.seconds = side_by_side(each.values(), places) + once
 
     def refuse(self, why: str) -> None:
         """It cannot be done on this machine."""
@@ -349,13 +349,14 @@ class Rehearsal:
             trained = None
         elif captured or not params.prompts:
             each = {name: self._student(trained, one.prompt, captured) for name, one in params.adapters.items()}
-            train.take(each, self.places)
+            train.take(each, self.places, once=trained["compiled_s"])
             train.disk_gib = _size(self._artifacts("adapters")) * len(params.adapters)
         if self._refused(assess, assessed, "take a GPU with more memory, or another profile"):
             return trained, None
-        fixed = assessed["whole_s"] - assessed["made_up_s"] - assessed["measured_s"]
+        fixed = _fixed(assessed)
         answers = [_answers(found, len(way["lengths"])) for way, found in zip(ways, assessed["ways"], strict=True)]
-        assess.take({name: fixed + answers[way] for name, way in named.items()}, self.places)
+        each = {name: fixed + answers[way] for name, way in named.items()}
+        assess.take(each, self.places, once=assessed["compiled_s"])
         return trained, assessed
 
     def _student(self, trained: dict[str, Any], prompt: str | None, captured: dict[str, Any] | None) -> float:
@@ -367,9 +368,7 @@ class Rehearsal:
         if prompt and captured:
             verified = sum(captured["lengths"][prompt]) * captured["store_bytes"] / self._hash_speed()
         return float(
-            trained["whole_s"]
-            - trained["made_up_s"]
-            - trained["measured_s"]
+            _fixed(trained)
             + reckoned(kind["updates"], kind["all"]) * settings.epochs
             + kind["once_s"]
             + kind["recording_s"] * kind["recordings"]
@@ -555,6 +554,11 @@ def find_model_folder(model: Model) -> Path | None:
         return hub.snapshot(model) if hub.is_cached(model) else None
     found = find_model(model).found
     return Path(found) if found and Path(found).is_dir() else None
+
+
+def _fixed(found: dict[str, Any]) -> float:
+    """Seconds of a stage that do not depend on its rows: starting, loading and ending."""
+    return float(found["whole_s"] - found["made_up_s"] - found["compiled_s"] - found["measured_s"])
 
 
 def _answers(way: dict[str, Any], rows: int) -> float:

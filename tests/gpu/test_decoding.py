@@ -14,11 +14,12 @@ import torch
 from asking import answers, rows_of
 
 from kd.assess import generate
-from kd.assess.ahead import AheadDecoder, decode_ahead, kernels_for, lacking
+from kd.assess.ahead import AheadDecoder, decode_ahead, kernels_for
 from kd.assess.decode import SlotDecoder, decode
 from kd.assess.generate import Ending, respond
 from kd.assess.row import Row
 from kd.data.miniature import problems
+from kd.kernels import lacking
 from kd.models.adapters import load_student
 from kd.models.load import load_tokenizer
 

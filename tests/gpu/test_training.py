@@ -23,6 +23,7 @@ from kd.distill.cohort import train_cohort
 from kd.distill.fused import kernels_name, triton_kernels
 from kd.distill.step import BUCKET, Descent, GraphStep, make_batch, make_step
 from kd.distill.train import descend
+from kd.kernels import lacking
 from kd.protocol.alignment import Match
 from kd.store.head import TeacherHead
 
@@ -104,10 +105,9 @@ def test_graphs_do_what_eager_steps_do(
 @pytest.fixture
 def kernels(gpu: None) -> Any:
     del gpu
-    found = triton_kernels()
-    if found is None:
-        pytest.skip("Triton's kernels do not run here: no Triton or no C compiler")
-    return found
+    if missing := lacking():
+        pytest.skip(f"the kernels need {missing}")
+    return triton_kernels()
 
 
 def test_a_graph_step_takes_the_kernels(gpu_llama: Path, settings: Distill, head: TeacherHead, kernels: Any) -> None:

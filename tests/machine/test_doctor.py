@@ -40,6 +40,7 @@ FIT = Machine(
     gpus=(H100,) * 4,
     driver="550.54.15",
     extension="",
+    kernels="",
     vocabularies="",
 )
 
@@ -92,6 +93,15 @@ def test_what_a_machine_lacks_fails_with_its_mend(changes: dict[str, Any], name:
 def test_an_image_without_the_extension_names_the_target_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KD_ENVIRONMENT", "/opt/kd/venv")
     assert "docker build --target gpu --tag kd:gpu ." in failed(PAPER, extension="no nvcc")["exllamav2 loads"]
+
+
+def test_a_machine_without_what_tritons_kernels_need_is_told_and_fits() -> None:
+    lacking = dataclasses.replace(FIT, kernels="a C compiler (gcc or clang)")
+    (found,) = (check for check in doctor.check(PAPER, lacking) if check.status != "pass")
+    assert (found.name, found.status) == ("Triton's kernels", "skipped")
+    assert "they need a C compiler (gcc or clang); without them training and answers go on, slower" in found.found
+    assert found.mend
+    assert {check.name: check.status for check in doctor.check(MINI, FIT)}["Triton's kernels"] == "not needed"
 
 
 def test_nothing_else_fails_than_what_is_lacking() -> None:
