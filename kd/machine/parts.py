@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 DECODE_CPU_S, DECODE_GPU_S = 6.0, 60.0  # about the most that decoding one batch of rows may take
 TRAIN_CPU_S, TRAIN_GPU_S = 4.0, 10.0
+WARM_ROWS, WARM_TOKENS = 128, 24
 ALL = "all.jsonl"  # all training rows, where train.jsonl has some
 # Who made a store of which nothing is kept: a stand-in's own identity has the checksum of files that are holes.
 NOBODY = ModelIdentity(name="random", revision=None, weights=None, dtype="float16", backend="exllamav2", versions={})
@@ -351,11 +352,13 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
         student = fresh_student(params, task["experiment"]) if task["experiment"] else _bare(params)
         student = student.merge_and_unload().eval() if task["experiment"] else student
     load_s = clock() - start - weights.seconds
-    start, ways = clock(), []
     gpu = student.device.type == "cuda"
-    used = gpu_use()
+    used, ways = gpu_use(), []
+    if gpu:
+        _warm_up(student, tokenizer)
+    start = clock()
     for way in task["ways"]:
-        lengths, limit = way["lengths"], way["limit"]
+        lengths, limit, ending = way["lengths"], way["limit"], Ending(tokenizer, frozenset(), way["stop"])
         longest = max(lengths) + limit
         slots = slot_count(student, len(lengths), params.assess.batch_tokens, longest)
         waves = []
@@ -365,10 +368,10 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
             step = len(lengths) / count
             chosen = [sorted(lengths)[int((i + 0.5) * step)] for i in range(count)]
             rows = [Row(i, [2 + j % 11 for j in range(length)], limit) for i, length in enumerate(chosen)]
-            ending = Ending(tokenizer, frozenset(), way["stop"])
             waves.append(_wave(student, rows, params.assess.batch_tokens, longest, ending, gpu))
             used = list(map(max, used, waves[-1].pop("gpu_gib")))
-        ways.append({"slots": slots, "full": waves[0], "last": waves[1] if len(waves) > 1 else None})
+        row_s = _finishing(rows, ending, params.artifacts)
+        ways.append({"slots": slots, "full": waves[0], "last": waves[1] if len(waves) > 1 else None, "row_s": row_s})
     return {
         "made_up_s": weights.seconds,
         "compiled_s": clock.compiled,
@@ -377,6 +380,27 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
         "ways": ways,
         "gpu_gib": used,
     }
+
+
+def _warm_up(student: Any, tokenizer: Any) -> None:
+    """What libraries take the first time, and the student's weights to be laid end to end, counts as starting."""
+    from kd.assess.generate import Ending
+    from kd.assess.row import Row
+
+    rows = [Row(i, [2] * 64, WARM_TOKENS) for i in range(WARM_ROWS)]
+    _wave(student, rows, WARM_ROWS * 128, 128, Ending(tokenizer, frozenset()), gpu=True)
+
+
+def _finishing(rows: list[Row], ending: Any, folder: Path) -> float:
+    """Seconds that an answer takes when it has ended: its text, and keeping it."""
+    from kd.assess.journal import Journal
+
+    for row in rows:
+        row.new += [2] * (row.limit - len(row.new))  # of a batch that was broken off
+    (work := folder / "journal").mkdir()
+    taken = _timed(lambda: Journal(work, 0).add({row.index: ending.response(row) for row in rows}))
+    shutil.rmtree(work)
+    return taken / len(rows)
 
 
 def _wave(model: Any, rows: list[Row], batch_tokens: int, longest: int, ending: Any, gpu: bool) -> dict[str, Any]:

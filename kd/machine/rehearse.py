@@ -564,10 +564,11 @@ def _fixed(found: dict[str, Any]) -> float:
 def _answers(way: dict[str, Any], rows: int) -> float:
     """Seconds of all answers asked for in one way."""
     whole, left = divmod(rows, way["slots"])
+    finished = rows * way["row_s"]
     if not whole:
-        return float(way["full"]["seconds"])
+        return float(way["full"]["seconds"] + finished)
     last = way["last"]["seconds"] if left else 0.0
-    return float(way["full"]["seconds"] + (whole - 1) * way["full"]["again_s"] + last)
+    return float(way["full"]["seconds"] + (whole - 1) * way["full"]["again_s"] + last + finished)
 
 
 def _size(folder: Path) -> float:
