@@ -86,7 +86,7 @@ A LoRA adapter of {base}, trained by `kd train {run}` (profile {config.profile})
 - learns from: {source}
 {prompt}- data: {data.train_rows} rows, {data.source}, {data.answers} answers; {counts(matches)}
 - protocol: {settings.protocol}{quirks}, {settings.divergence}, T {settings.temperature}, alpha {settings.alpha}, \
-{settings.epochs} epochs, {settings.batch_rows} examples an update
+{settings.epochs} epoch{"s" if settings.epochs > 1 else ""}, {settings.batch_rows} examples an update
 - seed: {adapter.seed}
 - versions: {versions}
 """

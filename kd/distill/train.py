@@ -200,8 +200,16 @@ def _on_host(losses: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | Non
 def loss_curve(folder: Path, curve: list[Record]) -> Iterator[Any]:
     """dvclive's files in `folder`, begun anew with `curve`; yields what adds a record."""
     from dvclive import Live
+    from scmrepo.exceptions import SCMError
 
-    with Live(str(folder), save_dvc_exp=False, dvcyaml=None, monitor_system=False) as live:
+    try:
+        began = Live(str(folder), save_dvc_exp=False, dvcyaml=None, monitor_system=False)
+    except SCMError as error:
+        raise UserError(
+            f"{Path.cwd()}: dvclive, which keeps the loss curve, wants a commit where there is Git ({error}); "
+            "make one (`git add --all && git commit`)"
+        ) from error
+    with began as live:
 
         def log(record: Record) -> None:
             live.step = record.step - 1  # dvclive's own `next_step` reads all earlier steps again each time

@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from contextlib import chdir
 from functools import partial
@@ -224,6 +225,20 @@ def test_diverging_run_stops_with_step_example_and_checkpoint_and_leaves_no_adap
     )
     assert "lower `distill.learning_rate`" in error
     assert not ADAPTER.exists()
+
+
+def test_a_git_repository_without_a_commit_is_asked_for_one(
+    tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_params(tiny_params)
+    subprocess.run(["git", "init", "--quiet", "."], check=True)
+    assert main(["prepare"]) == 0
+    capsys.readouterr()
+    assert main(["train", "fine-tuning"]) == 2
+    said = capsys.readouterr().err
+    assert "wants a commit where there is Git" in said
+    assert "`git add --all && git commit`" in said
+    assert "Traceback" not in said
 
 
 def test_unknown_experiment_exits_2(
