@@ -14,7 +14,7 @@ KD = REPOSITORY / "kd"
 # From below; rooms on one line do not know each other. Modules at the top of kd/ are rooms of their own.
 FLOORS = [
     "errors",
-    "io paper",
+    "io paper kernels",
     "config",
     "fingerprint",
     "data models",
