@@ -4,8 +4,10 @@ a library would read them. They take no download and no disk."""
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK = 1_000_003  # numbers drawn, of which weights are made over and over; a prime, so that no two rows are alike
+STEP = 7919  # numbers from one tensor's first to the next one's
 DEVIATION = 0.02
 
 
@@ -64,6 +67,7 @@ def made_up_weights(folder: Path, backend: str) -> Iterator[MadeUp]:
 @contextmanager
 def _made_up_for_transformers(made_up: MadeUp) -> Iterator[None]:
     """Every model that transformers has loaded gets random weights, still in the host's memory."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     read = AutoModelForCausalLM.from_pretrained
@@ -72,7 +76,8 @@ def _made_up_for_transformers(made_up: MadeUp) -> Iterator[None]:
         model = read(*arguments, **named)
         start = time.perf_counter()
         for parameter in model.parameters():
-            _fill(parameter.data)
+            parameter.data = torch.empty_like(parameter.data)  # a page of the file would be copied before it is written
+        _fill([parameter.data for parameter in model.parameters()])
         made_up.seconds += time.perf_counter() - start
         return model
 
@@ -83,17 +88,26 @@ def _made_up_for_transformers(made_up: MadeUp) -> Iterator[None]:
         AutoModelForCausalLM.from_pretrained = read
 
 
-def _fill(tensor: torch.Tensor) -> None:
-    """Random numbers for a weight, ones for a norm. A draw for each number would take minutes."""
+def _fill(tensors: list[torch.Tensor]) -> None:
+    """Random numbers for weights, ones for norms. A draw for each number would take minutes; and since memory that
+    nobody has touched comes a page at a time, all cores ask for it."""
     import torch
 
-    if tensor.dim() == 1:
-        tensor.fill_(1)
-        return
-    flat = tensor.view(-1)
-    block = torch.empty(min(BLOCK, len(flat))).normal_(std=DEVIATION).to(tensor.dtype)
-    for piece in flat.split(BLOCK):
-        piece.copy_(block[: len(piece)])
+    drawn = torch.empty(2 * BLOCK).normal_(std=DEVIATION, generator=torch.Generator().manual_seed(0))
+    blocks = {tensor.dtype: drawn.to(tensor.dtype) for tensor in tensors}
+
+    def fill(number: int) -> None:
+        tensor = tensors[number]
+        if tensor.dim() == 1:
+            tensor.fill_(1)
+            return
+        start = number * STEP % BLOCK
+        for piece in tensor.view(-1).split(BLOCK):
+            piece.copy_(blocks[tensor.dtype][start : start + len(piece)])
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(fill, range(len(tensors))):
+            pass
 
 
 def _stamp(path: Path) -> list[int]:
