@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -310,11 +311,17 @@ class Rehearsal:
         (found,) = self.parts.do([("teacher", {"prompt": self.prompt[0]}, None)], self.task)
         if self._refused(teacher, found, f"{lower}take GPUs with more memory, or another profile"):
             return None
-        fixed = found["whole_s"] - found["made_up_s"] - found["measured_s"]
         each = {}
         for prompt, lengths in found["lengths"].items():
-            forwards = batch_tokens(lengths, found["shard"], rows)
-            each[prompt] = fixed + reckoned(found["forwards"], forwards) + found["settle_s"] * len(lengths)
+            sizes = batch_tokens(lengths, found["shard"], rows)
+            seen = Counter(sizes)
+            each[prompt] = (
+                _fixed(found)
+                + reckoned(found["forwards"], sizes)
+                + found["first_s"] * len(seen)
+                + found["second_s"] * sum(count > 1 for count in seen.values())
+                + found["settle_s"] * len(lengths)
+            )
         teacher.take(each, places=1)
         tokens = sum(map(sum, found["lengths"].values()))
         teacher.disk_gib = tokens * found["store_bytes"] / GIB
@@ -558,7 +565,8 @@ def find_model_folder(model: Model) -> Path | None:
 
 def _fixed(found: dict[str, Any]) -> float:
     """Seconds of a stage that do not depend on its rows: starting, loading and ending."""
-    return float(found["whole_s"] - found["made_up_s"] - found["compiled_s"] - found["measured_s"])
+    compiled = found.get("compiled_s", 0.0)
+    return float(found["whole_s"] - found["made_up_s"] - compiled - found["measured_s"])
 
 
 def _answers(way: dict[str, Any], rows: int) -> float:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import run
 from conftest import REPOSITORY, environment
 
@@ -79,6 +81,53 @@ def test_what_the_first_check_takes_is_not_reckoned_for_every_row(
     monkeypatch.setattr(train, "evaluate", slow_at_first)
     found = parts.train(config.Config.model_validate(rehearsal.task), {"kinds": {"": "fine-tuning-1"}})
     assert found["test_row_s"] * rehearse.ROWS_CPU < 2
+
+
+class Recorder:
+    """A teacher that launches a length's first forward, records the second and then plays it, ahead of its GPU."""
+
+    TAKES = (0.03, 0.05)
+    PLAYED = 0.005
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.seen: dict[int, int] = {}
+
+    def states(self, batches: Iterable[list[list[int]]]) -> Generator[list[torch.Tensor], None, None]:
+        for batch in batches:
+            length = len(batch[0])
+            seen = self.seen.get(length, 0)
+            self.seen[length] = seen + 1
+            time.sleep(self.TAKES[seen] if seen < len(self.TAKES) else self.PLAYED)
+            yield [torch.zeros(len(row), self.width, dtype=torch.float16) for row in batch]
+
+
+def test_a_teacher_that_records_forwards_is_reckoned_by_how_often_lengths_come(
+    tiny_params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_params["dataset"] |= {"train_rows": 60}
+    rehearsal = rehearse.Rehearsal(
+        config.Config.model_validate(tiny_params), tmp_path, rehearse.Machine([], memory_gib=4.0)
+    )
+    monkeypatch.chdir(tmp_path)
+    params = config.Config.model_validate(rehearsal.task)
+    parts.head(params, {})
+    monkeypatch.setattr(parts, "_is_ahead", lambda _: True)
+    recorder = Recorder(rehearsal.documents["teacher"]["hidden_size"])
+    monkeypatch.setattr("kd.teacher.backends.load", lambda *_: recorder)
+    found = parts.teacher(params, {"prompt": "base"})
+    assert found["first_s"] == pytest.approx(0.025, abs=0.01)
+    assert found["second_s"] == pytest.approx(0.045, abs=0.01)
+    assert all(seconds == pytest.approx(0.005, abs=0.01) for _, seconds in found["forwards"])
+    found |= {"whole_s": found["measured_s"] + found["made_up_s"] + 2, "host_gib": 0.0, "settle_s": 0.0}
+    kept = {"whole_s": 1.0, "made_up_s": 0.0, "host_gib": 0.0}
+    monkeypatch.setattr(rehearsal.parts, "do", lambda tasks, _: [{"head": kept, "teacher": found}[tasks[0][0]]])
+    teacher = rehearse.Stage("teacher", 4)
+    rehearsal._capture(rehearse.Stage("head", 1), teacher)
+    seen = Counter(found["lengths"]["base"])
+    extra = len(seen) * found["first_s"] + sum(count > 1 for count in seen.values()) * found["second_s"]
+    forwards = rehearse.reckoned(found["forwards"], list(found["lengths"]["base"]))
+    assert teacher.each["base"] == pytest.approx(2 + forwards + extra)
 
 
 def test_what_does_not_fit_exits_1_and_says_what_to_change(
