@@ -289,7 +289,7 @@ class Rehearsal:
         trained, assessed = self._students(train, assess, captured)
         rest = self._rest(captured, trained, assessed)
         weights, note = self._weights(teacher.processes, train.processes + assess.processes)
-        disk = self._disk(captured, head, teacher, train)
+        disk = self._disk(head, teacher, train)
         stages = [stage for stage in (weights, head, teacher, train, assess, rest) if stage.processes]
         return stages, disk, [*self._notes(), note]
 
@@ -425,7 +425,7 @@ class Rehearsal:
         )
         return stage, note
 
-    def _disk(self, captured: Any, *stages: Stage) -> dict[str, Any]:
+    def _disk(self, *stages: Stage) -> dict[str, Any]:
         results = sum(stage.disk_gib for stage in stages) + 0.01
         free = free_bytes(self.params.artifacts) / GIB
         models = sum(
@@ -441,7 +441,6 @@ class Rehearsal:
                 f"disk: {2 * results:.1f} GiB are needed for results and DVC's copies and {models:.1f} for models, and "
                 f"{free:.1f} and {models_free:.1f} are free; make room, or move the checkout, or set HF_HUB_CACHE"
             )
-        del captured
         return {
             "results_gib": results,
             "copies_gib": results,
