@@ -194,10 +194,11 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     writer.finish(read_head_manifest(params.artifacts / "teacher" / HEAD_FOLDER).sha256)
     put_in_place(work, target)
     settled, forwards = clock() - ended, watched.intervals(ended)
-    extra = [0.0, 0.0, 0.0]  # a length's first forward, its second, and what capturing adds to each
+    extra = [0.0, 0.0, 0.0]  # a length's first forward, its second, and each one's writing
     if rounds:
         first, second, usual, captured = (statistics.fmean(s for _, s in some) for some in (*rounds, forwards))
-        forwards, extra = rounds[-1], [max(0.0, seconds - usual) for seconds in (first, second, captured)]
+        writing = captured - usual  # of so few mostly behind them; of all, beside the next ones
+        forwards, extra = rounds[-1], [max(0.0, seconds - usual) for seconds in (first, second, writing)]
     return {
         "made_up_s": weights.seconds,
         "load_s": load_s,
