@@ -34,7 +34,7 @@ from kd.errors import UserError, WorkFailedError
 from kd.io.download import TIMEOUT_S, reason
 from kd.io.files import sha256
 from kd.io.progress import catch_up, progress, show_state
-from kd.io.text import read_text
+from kd.io.text import printable, read_text
 from kd.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from kd.models.load import model_name
 from kd.models.settings import read_object
@@ -51,6 +51,7 @@ Content = bytes | Path
 NOTICE = "NOTICE"
 MARKS = {"dataset": f"report/{RESULTS}", "model": ADAPTER_CONFIG}  # what a repository of ours has, once it has anything
 MADE_BY_HUB = {".gitattributes"}
+OWN_WORDS = 300  # characters of what the Hub says
 AGAIN = "what was sent is kept, run the same command again"
 
 
@@ -322,4 +323,5 @@ def _in_words(what: str, error: requests.RequestException) -> UserError | WorkFa
             )
         case 404:
             return UserError(f"{what}: {host} knows no such owner, or hides it from you (404); look at REPOSITORY")
-    return WorkFailedError(f"{what}: {reason(error)}; {AGAIN}")
+    own = printable(" ".join((getattr(error, "server_message", None) or "").split()))[:OWN_WORDS]  # the Hub's
+    return WorkFailedError(f"{what}: {reason(error)}{f' ({own})' if own else ''}; {AGAIN}")

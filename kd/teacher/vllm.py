@@ -21,6 +21,7 @@ from kd.config import Config
 from kd.errors import UserError
 from kd.io.files import whole_folder, write_whole_file
 from kd.io.progress import progress
+from kd.models.weights import FLOATS
 from kd.store.head import HEAD_FOLDER, read_head, read_head_manifest
 from kd.store.records import MANIFEST, HeadManifest, Reading
 from kd.store.writer import StoreWriter
@@ -126,7 +127,7 @@ def _states(file: Path, reading: Reading, head: HeadManifest) -> torch.Tensor:
             f"{file}: {STATES} are {shape} where the {tokens} tokens of {reading.example_id} and the teacher's head "
             f"need [{tokens}, layers, {head.hidden_size}]; extract them again from the params' teacher"
         )
+    if found.get_dtype() not in FLOATS:
+        raise UserError(f"{file}: {STATES} are {found.get_dtype()}, not one of {', '.join(FLOATS)}; extract them again")
     states: torch.Tensor = found[:, shape[1] - 1]
-    if not states.dtype.is_floating_point:
-        raise UserError(f"{file}: {STATES} are {found.get_dtype()}, no floating point; extract them again")
     return states

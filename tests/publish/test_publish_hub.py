@@ -256,6 +256,14 @@ def test_a_server_that_is_busy_is_one_sentence(hub: UploadHub, capsys: pytest.Ca
     assert f"{NAME}: the server answered 503" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_why_the_hub_takes_no_commit_is_said_in_its_own_words(
+    hub: UploadHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.status = lambda asked: 413 if "/commit/" in asked.path else 200
+    assert main(UPLOAD) == 1
+    assert "(as the test wants it)" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("token", "said"),
     [

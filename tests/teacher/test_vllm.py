@@ -99,7 +99,11 @@ def change(file: Path, **tensors: torch.Tensor | None) -> None:
         (lambda file: change(file, hidden_states=torch.zeros(3, 32)), "hidden_states are [3, 32] where the "),
         (
             lambda file: change(file, hidden_states=load_file(file)["hidden_states"].int()),
-            "hidden_states are I32, no floating point",
+            "hidden_states are I32, not one of F64, F32, F16, BF16",
+        ),
+        (
+            lambda file: change(file, hidden_states=load_file(file)["hidden_states"].to(torch.float8_e4m3fn)),
+            "hidden_states are F8_E4M3, not one of",
         ),
         (
             lambda file: change(file, hidden_states=load_file(file)["hidden_states"] * 1e6),
