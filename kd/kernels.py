@@ -24,7 +24,11 @@ def lacking() -> str | None:
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
         return f"a C compiler ({' or '.join(names)})"
-    return _folder_lacks() or _launcher_lacks(compiler)
+    try:
+        return _folder_lacks() or _launcher_lacks(compiler)
+    # A Triton that does not import, no ldconfig, a folder that may not be looked into.
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return f"a Triton that works here ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def _folder_lacks() -> str | None:

@@ -67,3 +67,12 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setattr(driver, "library_dirs", list)
     assert kernels.lacking() == f"Python's headers and libcuda.so ({compiler}: fatal error: Python.h: none)"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("/sbin/ldconfig"), ImportError("libtriton.so"), RuntimeError("?")])
+def test_whatever_else_is_wrong_with_triton_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def broken(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(kernels, "_launcher_lacks", broken)
+    assert kernels.lacking() == f"a Triton that works here ({type(error).__name__}: {error})"

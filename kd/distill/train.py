@@ -206,8 +206,8 @@ def loss_curve(folder: Path, curve: list[Record]) -> Iterator[Any]:
         began = Live(str(folder), save_dvc_exp=False, dvcyaml=None, monitor_system=False)
     except SCMError as error:
         raise UserError(
-            f"{Path.cwd()}: dvclive, which keeps the loss curve, wants a commit where there is Git ({error}); "
-            "make one (`git add --all && git commit`)"
+            f"the loss curve: dvclive wants a commit in the Git repository around this folder ({error}); make one "
+            "(`git add --all && git commit`)"
         ) from error
     with began as live:
 

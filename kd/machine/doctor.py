@@ -169,7 +169,7 @@ def _kernels(params: config.Config, machine: Machine) -> Check:
     if machine.kernels == "":
         return Check(name, "pass", "they run")
     found = f"they need {machine.kernels}; without them training and answers go on, slower"
-    return Check(name, "skipped", found, "`docker build --target gpu --tag kd:gpu .` has all they need")
+    return Check(name, "skipped", found, "bring it, or use the image of `docker build --target gpu --tag kd:gpu .`")
 
 
 def _memory(params: config.Config, machine: Machine) -> Check:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from kd import config
 from kd.data.gsm8k import prepare, source_files
 from kd.data.rows import Example, read_examples
@@ -16,12 +18,16 @@ from kd.models import hub, smollm2
 from kd.models.load import cache_folder
 from kd.models.vocabulary import TOKENIZER
 
-# Deciles of GSM8K's first 2638 training rows, in SmolLM2's tokens; of the socratic answers those of the test split.
-QUESTIONS = (32, 39, 44, 49, 54, 59, 64, 71, 80, 102)
+# GSM8K's first 2638 training rows in SmolLM2's tokens (of the socratic answers, those of the test split): the lengths
+# that so many of them are shorter than.
+SHARES = (0, 0.01, 0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95, 0.99, 1)
+QUESTIONS = (12, 27, 32, 39, 44, 49, 54, 59, 64, 71, 80, 102, 130, 194)
 ANSWERS = {
-    "main": (57, 71, 83, 93, 105, 119, 134, 151, 175, 227),
-    "socratic": (78, 96, 114, 132, 146, 163, 184, 207, 238, 300),
+    "main": (30, 46, 57, 71, 83, 93, 105, 119, 134, 151, 175, 226, 291, 454),
+    "socratic": (47, 65, 78, 96, 114, 132, 146, 163, 184, 207, 237, 299, 368, 505),
 }
+# Multiples of these, without their whole parts, fill a square evenly, however many are taken (Roberts' sequence).
+FILLING = (0.7548776662466927, 0.5698402909980532)
 PIECES = re.compile(r"[^\W\d_]{1,7}|\d|[^\w\s]|\n")  # about the tokens of an English text
 FIRST_WORD = 2  # of a stand-in's vocabulary: 0 and 1 are its special tokens
 
@@ -65,7 +71,11 @@ def token_counter(model: config.Model) -> Callable[[str], int]:
 
 def gsm8k_lengths(rows: int, answers: str) -> Lengths:
     """Lengths of so many rows, spread as GSM8K's are."""
-    return [(QUESTIONS[i % 10], ANSWERS[answers][i * 7 % 10]) for i in range(rows)]
+
+    def length(i: int, part: int, lengths: Sequence[int]) -> int:
+        return round(float(np.interp(i * FILLING[part] % 1, SHARES, lengths)))
+
+    return [(length(i, 0, QUESTIONS), length(i, 1, ANSWERS[answers])) for i in range(rows)]
 
 
 def spread(lengths: Lengths, count: int) -> Lengths:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from itertools import pairwise
@@ -44,6 +45,7 @@ GIB = 2**30
 DECODE_CPU_S, DECODE_GPU_S = 6.0, 60.0  # about the most that decoding one batch of rows may take
 TRAIN_CPU_S, TRAIN_GPU_S = 4.0, 10.0
 WARM_ROWS, WARM_TOKENS = 128, 24
+ROUNDS = 6  # over the questions, by a teacher that is ahead, so that the end of a capture does not count for much
 ALL = "all.jsonl"  # all training rows, where train.jsonl has some
 # Who made a store of which nothing is kept: a stand-in's own identity has the checksum of files that are holes.
 NOBODY = ModelIdentity(name="random", revision=None, weights=None, dtype="float16", backend="exllamav2", versions={})
@@ -65,17 +67,22 @@ class Clock:
         if not torch.cuda.is_available() or find_spec("triton") is None:
             return
         from triton import compiler
+        from triton.backends.nvidia import driver
 
-        compile_kernel = compiler.compile
+        compiler.compile = self._noted(compiler.compile)
+        driver.compile_module_from_src = self._noted(driver.compile_module_from_src)  # kernels' launchers, in C
+
+    def _noted(self, compile_it: Callable[..., Any]) -> Callable[..., Any]:
+        """What does the same; its time is added to `compiled`."""
 
         def noted(*given: Any, **named: Any) -> Any:
-            start = time.perf_counter()
+            start, before = time.perf_counter(), self.compiled
             try:
-                return compile_kernel(*given, **named)
+                return compile_it(*given, **named)
             finally:
-                self.compiled += time.perf_counter() - start
+                self.compiled = before + time.perf_counter() - start  # what it asked for in between is in it
 
-        compiler.compile = noted
+        return noted
 
 
 clock = Clock()
@@ -181,34 +188,27 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     # As much memory as any other takes. What libraries take the first time counts as starting.
     (_, _), (_, longest_s) = _alone(loaded, [longest, longest])
     start = clock()
-    by_length = {len(reading.token_ids): [reading.token_ids] * rows for reading in wanted}
-    # transformers is ahead of its GPU, and records a length's forward when it comes again.
-    rounds = [_alone(loaded, by_length.values()) for _ in range(3)] if _is_ahead(params) else []
     target = params.artifacts / "teacher" / prompt
-    work = target.with_name(f"{prompt}.work")
-    work.mkdir(parents=True)
     about = (backends.identity(params.teacher), prompt_record(params, prompt), tokenization(tokenizer, params.distill))
-    writer = StoreWriter(work, *about, key=key, batch_rows=rows)
+    work, beside = (target.with_name(f"{prompt}.{end}") for end in ("work", "beside"))
+    for folder in (work, beside):
+        folder.mkdir(parents=True)
+    writer, other = (StoreWriter(folder, *about, key=key, batch_rows=rows) for folder in (work, beside))
+    ahead = _ahead(loaded, wanted, rows, other) if _is_ahead(params) else {}
     watched = capture_into(loaded, wanted, rows, writer)
     ended = clock()
     writer.finish(read_head_manifest(params.artifacts / "teacher" / HEAD_FOLDER).sha256)
     put_in_place(work, target)
-    settled, forwards = clock() - ended, watched.intervals(ended)
-    extra = [0.0, 0.0, 0.0]  # a length's first forward, its second, and each one's writing
-    if rounds:
-        first, second, usual, captured = (statistics.fmean(s for _, s in some) for some in (*rounds, forwards))
-        writing = captured - usual  # of so few mostly behind them; of all, beside the next ones
-        forwards, extra = rounds[-1], [max(0.0, seconds - usual) for seconds in (first, second, writing)]
-    return {
+    settled = clock() - ended
+    shutil.rmtree(beside)
+    found = {"forwards": watched.intervals(ended), "first_s": 0.0, "second_s": 0.0, "keep_s": 0.0} | ahead
+    return found | {
         "made_up_s": weights.seconds,
         "load_s": load_s,
         "measured_s": clock() - start + lengths_s + 2 * longest_s,
         "lengths": lengths,
         "shard": writer.shard_examples,
-        "forwards": forwards,
-        "first_s": extra[0],
-        "second_s": extra[1],
-        "settle_s": settled / len(wanted) + extra[2] / rows,
+        "settle_s": settled / len(wanted),
         "store_bytes": sum(path.stat().st_size for path in target.iterdir()) / sum(len(r.token_ids) for r in wanted),
         "gpu_gib": gpu_use(),
     }
@@ -219,6 +219,24 @@ def _is_ahead(params: Config) -> bool:
     import torch
 
     return params.teacher.backend == "transformers" and torch.cuda.is_available()
+
+
+def _ahead(teacher: backends.LoadedTeacher, wanted: list[Reading], rows: int, writer: StoreWriter) -> dict[str, Any]:
+    """Of a teacher that is ahead: its forwards, each to its end; what the first and the second of a length take beyond
+    the later ones, for it is recorded when it comes again; and what a capture takes beyond them, a question."""
+    by_length = {len(reading.token_ids): [reading.token_ids] * rows for reading in wanted}
+    first, second, usual = (_alone(teacher, by_length.values()) for _ in range(3))
+    mean = statistics.fmean(seconds for _, seconds in usual)
+    many = [replace(one, example_id=f"{one.example_id}, {again}") for again in range(ROUNDS) for one in wanted]
+    watched = capture_into(teacher, many, rows, writer)
+    known = dict(usual)
+    keeping = statistics.fmean(seconds - known.get(size, mean) for size, seconds in watched.intervals(clock()))
+    return {
+        "forwards": usual,
+        "first_s": max(0.0, statistics.fmean(seconds for _, seconds in first) - mean),
+        "second_s": max(0.0, statistics.fmean(seconds for _, seconds in second) - mean),
+        "keep_s": max(0.0, keeping) / rows,
+    }
 
 
 def _alone(teacher: backends.LoadedTeacher, batches: Iterable[list[list[int]]]) -> list[tuple[int, float]]:
@@ -250,6 +268,7 @@ def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
             _empty_cache()
             found["kinds"][kind] = _updates(*_beginning(params, experiment, base)[1:], params)
         found["measured_s"] += clock() - start
+        found["once_s"] = sum(kind.pop("once_s") for kind in found["kinds"].values())
         found["log_s"] = _log_seconds(params.artifacts / "loss")
     return found | {"made_up_s": weights.seconds, "compiled_s": clock.compiled}
 
@@ -386,8 +405,7 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     load_s = clock() - start - weights.seconds
     gpu = student.device.type == "cuda"
     used, ways = gpu_use(), []
-    if gpu:
-        _warm_up(student, tokenizer)
+    warmed_s = [_warm_up(student, tokenizer) for _ in range(2)] if gpu else [0.0]
     start = clock()
     for way in task["ways"]:
         lengths, limit, ending = way["lengths"], way["limit"], Ending(tokenizer, frozenset(), way["stop"])
@@ -401,26 +419,26 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
             chosen = [sorted(lengths)[int((i + 0.5) * step)] for i in range(count)]
             rows = [Row(i, [2 + j % 11 for j in range(length)], limit) for i, length in enumerate(chosen)]
             waves.append(_wave(student, rows, params.assess.batch_tokens, longest, ending, gpu))
+            waves[-1]["row_s"] = _finishing(rows, ending, params.artifacts)
             used = list(map(max, used, waves[-1].pop("gpu_gib")))
-        row_s = _finishing(rows, ending, params.artifacts)
-        ways.append({"slots": slots, "full": waves[0], "last": waves[1] if len(waves) > 1 else None, "row_s": row_s})
+        ways.append({"slots": slots, "full": waves[0], "last": waves[1] if len(waves) > 1 else None})
     return {
         "made_up_s": weights.seconds,
         "compiled_s": clock.compiled,
         "load_s": load_s,
-        "measured_s": clock() - start,
+        "measured_s": clock() - start + 2 * warmed_s[-1],
         "ways": ways,
         "gpu_gib": used,
     }
 
 
-def _warm_up(student: Any, tokenizer: Any) -> None:
-    """What libraries take the first time, and the student's weights to be laid end to end, counts as starting."""
+def _warm_up(student: Any, tokenizer: Any) -> float:
+    """Seconds of some short answers. The first time libraries load what they need, which counts as starting."""
     from kd.assess.generate import Ending
     from kd.assess.row import Row
 
     rows = [Row(i, [2] * 64, WARM_TOKENS) for i in range(WARM_ROWS)]
-    _wave(student, rows, WARM_ROWS * 128, 128, Ending(tokenizer, frozenset()), gpu=True)
+    return _timed(lambda: _wave(student, rows, WARM_ROWS * 128, 128, Ending(tokenizer, frozenset()), gpu=True))
 
 
 def _finishing(rows: list[Row], ending: Any, folder: Path) -> float:

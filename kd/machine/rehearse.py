@@ -320,7 +320,7 @@ class Rehearsal:
                 + reckoned(found["forwards"], sizes)
                 + found["first_s"] * len(seen)
                 + found["second_s"] * sum(count > 1 for count in seen.values())
-                + found["settle_s"] * len(lengths)
+                + (found["keep_s"] + found["settle_s"]) * len(lengths)
             )
         teacher.take(each, places=1)
         tokens = sum(map(sum, found["lengths"].values()))
@@ -377,7 +377,7 @@ class Rehearsal:
         return float(
             _fixed(trained)
             + reckoned(kind["updates"], kind["all"]) * settings.epochs
-            + kind["once_s"]
+            + trained["once_s"]
             + kind["recording_s"] * kind["recordings"]
             + trained["test_row_s"] * len(self.lengths["test"])
             + trained["checkpoint_s"] * checkpoints
@@ -571,7 +571,7 @@ def _fixed(found: dict[str, Any]) -> float:
 def _answers(way: dict[str, Any], rows: int) -> float:
     """Seconds of all answers asked for in one way."""
     whole, left = divmod(rows, way["slots"])
-    finished = rows * way["row_s"]
+    finished = rows * way["full"]["row_s"]
     if not whole:
         return float(way["full"]["seconds"] + finished)
     last = way["last"]["seconds"] if left else 0.0

@@ -4,10 +4,8 @@ a library would read them. They take no download and no disk."""
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,25 +87,18 @@ def _made_up_for_transformers(made_up: MadeUp) -> Iterator[None]:
 
 
 def _fill(tensors: list[torch.Tensor]) -> None:
-    """Random numbers for weights, ones for norms. A draw for each number would take minutes; and since memory that
-    nobody has touched comes a page at a time, all cores ask for it."""
+    """Random numbers for weights, ones for norms. A draw for each number would take minutes."""
     import torch
 
     drawn = torch.empty(2 * BLOCK).normal_(std=DEVIATION, generator=torch.Generator().manual_seed(0))
     blocks = {tensor.dtype: drawn.to(tensor.dtype) for tensor in tensors}
-
-    def fill(number: int) -> None:
-        tensor = tensors[number]
+    for number, tensor in enumerate(tensors):
         if tensor.dim() == 1:
             tensor.fill_(1)
-            return
+            continue
         start = number * STEP % BLOCK
         for piece in tensor.view(-1).split(BLOCK):
             piece.copy_(blocks[tensor.dtype][start : start + len(piece)])
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for _ in pool.map(fill, range(len(tensors))):
-            pass
 
 
 def _stamp(path: Path) -> list[int]:

@@ -236,7 +236,7 @@ def test_a_git_repository_without_a_commit_is_asked_for_one(
     capsys.readouterr()
     assert main(["train", "fine-tuning"]) == 2
     said = capsys.readouterr().err
-    assert "wants a commit where there is Git" in said
+    assert "dvclive wants a commit in the Git repository around this folder (Empty git repo)" in said
     assert "`git add --all && git commit`" in said
     assert "Traceback" not in said
 

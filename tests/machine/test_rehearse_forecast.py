@@ -119,7 +119,9 @@ def test_a_teacher_that_records_forwards_is_reckoned_by_how_often_lengths_come(
     assert found["first_s"] == pytest.approx(0.025, abs=0.01)
     assert found["second_s"] == pytest.approx(0.045, abs=0.01)
     assert all(seconds == pytest.approx(0.005, abs=0.01) for _, seconds in found["forwards"])
-    found |= {"whole_s": found["measured_s"] + found["made_up_s"] + 2, "host_gib": 0.0, "settle_s": 0.0}
+    assert found["keep_s"] < 0.01
+    assert not list((params.artifacts / "teacher").glob("base.*"))
+    found |= {"whole_s": found["measured_s"] + found["made_up_s"] + 2, "host_gib": 0.0, "settle_s": 0.0, "keep_s": 1e-3}
     kept = {"whole_s": 1.0, "made_up_s": 0.0, "host_gib": 0.0}
     monkeypatch.setattr(rehearsal.parts, "do", lambda tasks, _: [{"head": kept, "teacher": found}[tasks[0][0]]])
     teacher = rehearse.Stage("teacher", 4)
@@ -127,7 +129,46 @@ def test_a_teacher_that_records_forwards_is_reckoned_by_how_often_lengths_come(
     seen = Counter(found["lengths"]["base"])
     extra = len(seen) * found["first_s"] + sum(count > 1 for count in seen.values()) * found["second_s"]
     forwards = rehearse.reckoned(found["forwards"], list(found["lengths"]["base"]))
-    assert teacher.each["base"] == pytest.approx(2 + forwards + extra)
+    assert teacher.each["base"] == pytest.approx(2 + forwards + extra + 60e-3)
+
+
+def test_the_clock_stands_still_while_triton_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = pytest.importorskip("triton.compiler", reason="Triton is not installed")
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(driver, "compile_module_from_src", lambda: time.sleep(0.1))
+    monkeypatch.setattr(compiler, "compile", lambda: (time.sleep(0.1), driver.compile_module_from_src()))
+    clock = parts.Clock()
+    clock.leave_out_compiling()
+    start = clock()
+    compiler.compile()
+    driver.compile_module_from_src()
+    time.sleep(0.05)
+    assert clock.compiled == pytest.approx(0.3, abs=0.05)
+    assert clock() - start == pytest.approx(0.05, abs=0.05)
+
+
+def test_each_second_of_a_student_is_counted_once(
+    tiny_params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = config.Config.model_validate(tiny_params)
+    rehearsal = rehearse.Rehearsal(params, tmp_path, rehearse.Machine([], memory_gib=4.0))
+    kind = {"updates": [(10, 0.5)], "all": [10] * 4, "recording_s": 2.0, "recordings": 3}
+    process = {"whole_s": 20.0, "made_up_s": 3.0, "compiled_s": 4.0, "measured_s": 5.0, "host_gib": 0.0}  # 8 s are left
+    trained = process | {"once_s": 1.0, "test_row_s": 0.25, "checkpoint_s": 0.0, "log_s": 0.0}
+    trained["kinds"] = {"": kind, rehearsal.prompt[0]: kind}
+    tests = params.dataset.test_rows
+    full, last = {"seconds": 3.0, "again_s": 2.0, "row_s": 0.5}, {"seconds": 1.0, "again_s": 1.0, "row_s": 9.0}
+    found = {"train": trained, "assess": process | {"ways": [{"slots": tests - 1, "full": full, "last": last}] * 2}}
+    monkeypatch.setattr(rehearsal.parts, "do", lambda tasks, _: [found[tasks[0][0]]])
+    train, assess = rehearse.Stage("train", 5), rehearse.Stage("assess", 7)
+    rehearsal._students(train, assess, {"lengths": {key: [0] for key in params.prompts}, "store_bytes": 0})
+    one = 8 + 4 * params.distill.epochs * 0.5 + 1 + 3 * 2 + 0.25 * tests
+    assert list(train.each.values()) == pytest.approx([one] * 5)
+    assert train.seconds == pytest.approx(5 * one + 4)  # compiled once
+    one = 8 + 3 + 1 + 0.5 * tests
+    assert list(assess.each.values()) == pytest.approx([one] * len(assess.each))
+    assert assess.seconds == pytest.approx(len(assess.each) * one + 4)
 
 
 def test_what_does_not_fit_exits_1_and_says_what_to_change(
@@ -245,6 +286,11 @@ def test_a_sample_has_the_lengths_of_all_rows_and_the_longest() -> None:
     lengths = gsm8k_lengths(2638, "main")
     chosen = spread(lengths, 64)
     assert max(map(sum, chosen)) == max(map(sum, lengths))
+    # Of GSM8K's 2638 rows, as `kd prepare` has them, in SmolLM2's tokens.
+    questions, answers = zip(*lengths, strict=True)
+    assert sum(questions) / 2638 == pytest.approx(60.0, rel=0.01)
+    assert sum(answers) / 2638 == pytest.approx(122.4, rel=0.015)
+    assert len(set(questions)) == pytest.approx(133, rel=0.1)
     means = [sum(map(sum, rows)) / len(rows) for rows in (lengths, chosen)]
     assert means[0] == pytest.approx(means[1], rel=0.03)
     assert batch_tokens([5, 9, 7, 2, 3], shard=3, rows=2) == [18, 5, 6]
