@@ -84,21 +84,26 @@ def test_what_the_first_check_takes_is_not_reckoned_for_every_row(
 
 
 class Recorder:
-    """A teacher that launches a length's first forward, records the second and then plays it, ahead of its GPU."""
+    """A teacher that launches a length's first forward, records the second and then plays it; its own clock, which
+    nothing else moves."""
 
-    TAKES = (0.03, 0.05)
-    PLAYED = 0.005
+    TAKES = (30.0, 50.0)
+    PLAYED = 5.0
 
     def __init__(self, width: int) -> None:
         self.width = width
         self.seen: dict[int, int] = {}
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
     def states(self, batches: Iterable[list[list[int]]]) -> Generator[list[torch.Tensor], None, None]:
         for batch in batches:
             length = len(batch[0])
             seen = self.seen.get(length, 0)
             self.seen[length] = seen + 1
-            time.sleep(self.TAKES[seen] if seen < len(self.TAKES) else self.PLAYED)
+            self.now += self.TAKES[seen] if seen < len(self.TAKES) else self.PLAYED
             yield [torch.zeros(len(row), self.width, dtype=torch.float16) for row in batch]
 
 
@@ -115,13 +120,14 @@ def test_a_teacher_that_records_forwards_is_reckoned_by_how_often_lengths_come(
     monkeypatch.setattr(parts, "_is_ahead", lambda _: True)
     recorder = Recorder(rehearsal.documents["teacher"]["hidden_size"])
     monkeypatch.setattr("kd.teacher.backends.load", lambda *_: recorder)
+    monkeypatch.setattr(parts, "clock", recorder)
     found = parts.teacher(params, {"prompt": "base"})
-    assert found["first_s"] == pytest.approx(0.025, abs=0.01)
-    assert found["second_s"] == pytest.approx(0.045, abs=0.01)
-    assert all(seconds == pytest.approx(0.005, abs=0.01) for _, seconds in found["forwards"])
-    assert found["keep_s"] < 0.01
+    assert found["first_s"] == pytest.approx(25)
+    assert found["second_s"] == pytest.approx(45)
+    assert [seconds for _, seconds in found["forwards"]] == pytest.approx([5] * len(found["forwards"]))
+    assert found["keep_s"] == pytest.approx(0)
     assert not list((params.artifacts / "teacher").glob("base.*"))
-    found |= {"whole_s": found["measured_s"] + found["made_up_s"] + 2, "host_gib": 0.0, "settle_s": 0.0, "keep_s": 1e-3}
+    found |= {"whole_s": found["measured_s"] + found["made_up_s"] + 2, "host_gib": 0.0, "settle_s": 0.5, "keep_s": 1.0}
     kept = {"whole_s": 1.0, "made_up_s": 0.0, "host_gib": 0.0}
     monkeypatch.setattr(rehearsal.parts, "do", lambda tasks, _: [{"head": kept, "teacher": found}[tasks[0][0]]])
     teacher = rehearse.Stage("teacher", 4)
@@ -129,23 +135,28 @@ def test_a_teacher_that_records_forwards_is_reckoned_by_how_often_lengths_come(
     seen = Counter(found["lengths"]["base"])
     extra = len(seen) * found["first_s"] + sum(count > 1 for count in seen.values()) * found["second_s"]
     forwards = rehearse.reckoned(found["forwards"], list(found["lengths"]["base"]))
-    assert teacher.each["base"] == pytest.approx(2 + forwards + extra + 60e-3)
+    assert teacher.each["base"] == pytest.approx(2 + forwards + extra + 60 * 1.5)
 
 
 def test_the_clock_stands_still_while_triton_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = pytest.importorskip("triton.compiler", reason="Triton is not installed")
     driver = pytest.importorskip("triton.backends.nvidia.driver")
+    seconds = [100]
+
+    def take(some: int) -> None:
+        seconds[0] += some
+
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(driver, "compile_module_from_src", lambda: time.sleep(0.1))
-    monkeypatch.setattr(compiler, "compile", lambda: (time.sleep(0.1), driver.compile_module_from_src()))
+    monkeypatch.setattr(parts.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(driver, "compile_module_from_src", lambda: take(1))
+    monkeypatch.setattr(compiler, "compile", lambda: (take(10), driver.compile_module_from_src()))
     clock = parts.Clock()
     clock.leave_out_compiling()
-    start = clock()
     compiler.compile()
     driver.compile_module_from_src()
-    time.sleep(0.05)
-    assert clock.compiled == pytest.approx(0.3, abs=0.05)
-    assert clock() - start == pytest.approx(0.05, abs=0.05)
+    take(1000)
+    assert clock.compiled == 12
+    assert clock() == 1100
 
 
 def test_each_second_of_a_student_is_counted_once(
