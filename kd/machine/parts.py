@@ -17,7 +17,6 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
-from importlib.util import find_spec
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -62,9 +61,9 @@ class Clock:
 
     def leave_out_compiling(self) -> None:
         """From now on, in this process."""
-        import torch
+        from kd.kernels import lacking
 
-        if not torch.cuda.is_available() or find_spec("triton") is None:
+        if lacking():
             return
         from triton import compiler
         from triton.backends.nvidia import driver
