@@ -61,7 +61,8 @@ def student_and_head(llama: LlamaConfig) -> tuple[Any, TeacherHead]:
 def make_examples(work: Work) -> tuple[list[Match], dict[str | None, torch.Tensor]]:
     """Aligned matches and, by id, the teacher's states."""
     draw = random.Random(0)
-    matches, states = [], {}
+    matches: list[Match] = []
+    states: dict[str | None, torch.Tensor] = {}
     for i in range(work.examples):
         question, answer = 1 + QUESTIONS[i % 10], 1 + ANSWERS[i * 7 % 10]
         ids = [draw.randrange(work.llama.vocab_size) for _ in range(question + answer)][:LIMIT]

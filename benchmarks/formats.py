@@ -15,6 +15,7 @@ no token's, and the divergence is forward KL, whose value that leaves finite.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,8 +82,11 @@ def largest_formats(head: TeacherHead, name: str, *, share_rest: bool) -> Iterat
     def teacher(k: int) -> Callable[[torch.Tensor], Teacher]:
         return lambda s: of_largest(*largest(head.logits(s), k), vocabulary, share_rest=share_rest)
 
+    def size(k: int) -> Callable[[int, int], float]:
+        return lambda _, width: row_bytes(width, k)
+
     for k in LARGEST:
-        yield name.format(k), Format(lambda _, v, k=k: row_bytes(v, k), teacher(k))
+        yield name.format(k), Format(size(k), teacher(k))
 
 
 def settings(config: Config, head: TeacherHead) -> dict[str, Setting]:
@@ -147,7 +151,7 @@ def measure(
 
 
 def root_mean_square(values: list[float]) -> float:
-    return statistics.fmean(value**2 for value in values) ** 0.5
+    return math.sqrt(statistics.fmean(value**2 for value in values))
 
 
 def summary(errors: list[Error]) -> dict[str, Any]:

@@ -308,11 +308,13 @@ def notebook_loop(loaded: Loaded, questions: list[Reading]) -> int:
 def plain_logits(loaded: Loaded, token_ids: list[int]) -> torch.Tensor:
     """The model's own forward with all logits, [1, tokens, vocabulary]."""
     ids = torch.tensor([token_ids])
+    logits: torch.Tensor
     if loaded.teacher.backend == "exllamav2":
-        logits: torch.Tensor = loaded.own.forward(ids)
+        logits = loaded.own.forward(ids)
         return logits
     with torch.inference_mode():
-        return loaded.own(ids.to(device())).logits
+        logits = loaded.own(ids.to(device())).logits
+    return logits
 
 
 def capture(loaded: Loaded, questions: list[Reading], batch_rows: int, folder: Path) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import random
 import re
 import statistics
@@ -246,7 +247,7 @@ def gradients_of(
 
 
 def root_mean_square(values: list[float]) -> float:
-    return statistics.fmean(value**2 for value in values) ** 0.5
+    return math.sqrt(statistics.fmean(value**2 for value in values))
 
 
 def seconds_to_copy(size: int) -> float:
