@@ -107,10 +107,12 @@ RUN --mount=type=bind,from=libraries,source=/opt/kd,target=/opt/kd \
 
 FROM cpu AS gpu
 USER 0
-# Triton, which comes with torch, compiles a launcher in C for each of its kernels, in /tmp.
+# Triton, which comes with torch, compiles a launcher in C for each of its kernels, in /tmp, beside Python's headers: uv's
+# own Python brings them.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* \
+    && gcc -fsyntax-only "-I$(python -c 'import sysconfig; print(sysconfig.get_paths()["include"])')" -include Python.h -x c /dev/null
 USER 1000
 COPY --from=extension /build/exllamav2_ext/exllamav2_ext.so /opt/kd/venv/lib/python3.11/site-packages/
