@@ -43,7 +43,8 @@ from transformers import LlamaForCausalLM
 
 from kd.assess.ahead import kernels_for
 from kd.config import FolderModel, Teacher
-from kd.machine.parts import NOBODY, capture_into, gpu_use
+from kd.machine.measure import gpu_use
+from kd.machine.part_teacher import NOBODY, capture_into
 from kd.machine.random_exl2 import random_weights, write_folder
 from kd.machine.shapes import LLAMA_8B, LLAMA_70B, LLAMA_405B
 from kd.machine.stand_in import save_tokenizer

@@ -29,6 +29,7 @@ ANSWERS = {
 # Multiples of these, without their whole parts, fill a square evenly, however many are taken (Roberts' sequence).
 FILLING = (0.7548776662466927, 0.5698402909980532)
 PIECES = re.compile(r"[^\W\d_]{1,7}|\d|[^\w\s]|\n")  # about the tokens of an English text
+ALL = "all.jsonl"  # all training rows, where train.jsonl has some
 FIRST_WORD = 2  # of a stand-in's vocabulary: 0 and 1 are its special tokens
 
 Lengths = list[tuple[int, int]]  # of a question and its answer

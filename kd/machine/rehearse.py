@@ -26,8 +26,7 @@ from typing import Any
 from kd.config import Config, HubModel, Model, run_name
 from kd.errors import WorkFailedError
 from kd.io.files import free_bytes
-from kd.machine.lengths import batch_tokens, row_lengths, spread, token_counter, words, write_rows
-from kd.machine.parts import ALL
+from kd.machine.lengths import ALL, batch_tokens, row_lengths, spread, token_counter, words, write_rows
 from kd.machine.probe import GIB, find_model, gpus_needed, read_memory
 from kd.machine.random_exl2 import tensors
 from kd.machine.shapes import settings_of

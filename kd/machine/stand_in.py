@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd.config import FolderModel, Model
 from kd.machine.random_exl2 import bits_of, random_weights, write_model
 from kd.models.settings import CONFIG, read_object
 from kd.models.vocabulary import PLAIN, TOKENIZER, TOKENIZER_CONFIG
@@ -49,6 +50,12 @@ def save_tokenizer(folder: Path, vocabulary: int) -> None:
     tokenizer.save(str(folder / TOKENIZER))
     special = {"bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": False}
     (folder / TOKENIZER_CONFIG).write_text(json.dumps({"tokenizer_class": PLAIN, **special}))
+
+
+def made_up(model: Model, backend: str) -> AbstractContextManager[MadeUp]:
+    """Random weights for a stand-in."""
+    assert isinstance(model, FolderModel)
+    return made_up_weights(model.folder, backend)
 
 
 @contextmanager

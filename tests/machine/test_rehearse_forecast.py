@@ -21,7 +21,7 @@ from conftest import REPOSITORY, environment
 from kd import config
 from kd.cli import main
 from kd.distill import train
-from kd.machine import parts, rehearse
+from kd.machine import measure, part_student, part_teacher, rehearse
 from kd.machine.lengths import batch_tokens, gsm8k_lengths, spread
 from kd.machine.random_exl2 import bits_of
 from kd.machine.shapes import EXL2, LLAMA_1B, LLAMA_405B, llama_config, settings_of
@@ -79,7 +79,7 @@ def test_what_the_first_check_takes_is_not_reckoned_for_every_row(
         return evaluate(*given)
 
     monkeypatch.setattr(train, "evaluate", slow_at_first)
-    found = parts.train(config.Config.model_validate(rehearsal.task), {"kinds": {"": "fine-tuning-1"}})
+    found = part_student.train(config.Config.model_validate(rehearsal.task), {"kinds": {"": "fine-tuning-1"}})
     assert found["test_row_s"] * rehearse.ROWS_CPU < 2
 
 
@@ -116,12 +116,12 @@ def test_a_teacher_that_records_forwards_is_reckoned_by_how_often_lengths_come(
     )
     monkeypatch.chdir(tmp_path)
     params = config.Config.model_validate(rehearsal.task)
-    parts.head(params, {})
-    monkeypatch.setattr(parts, "_is_ahead", lambda _: True)
+    part_teacher.head(params, {})
+    monkeypatch.setattr(part_teacher, "_is_ahead", lambda _: True)
     recorder = Recorder(rehearsal.documents["teacher"]["hidden_size"])
     monkeypatch.setattr("kd.teacher.backends.load", lambda *_: recorder)
-    monkeypatch.setattr(parts, "clock", recorder)
-    found = parts.teacher(params, {"prompt": "base"})
+    monkeypatch.setattr(part_teacher, "clock", recorder)
+    found = part_teacher.teacher(params, {"prompt": "base"})
     assert found["first_s"] == pytest.approx(25)
     assert found["second_s"] == pytest.approx(45)
     assert [seconds for _, seconds in found["forwards"]] == pytest.approx([5] * len(found["forwards"]))
@@ -147,10 +147,10 @@ def test_the_clock_stands_still_while_triton_compiles(monkeypatch: pytest.Monkey
         seconds[0] += some
 
     monkeypatch.setattr("kd.kernels.lacking", lambda: None)
-    monkeypatch.setattr(parts.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: seconds[0])
     monkeypatch.setattr(driver, "compile_module_from_src", lambda: take(1))
     monkeypatch.setattr(compiler, "compile", lambda: (take(10), driver.compile_module_from_src()))
-    clock = parts.Clock()
+    clock = measure.Clock()
     clock.leave_out_compiling()
     compiler.compile()
     driver.compile_module_from_src()
