@@ -25,9 +25,11 @@ SUMMARY_HEADER = ("Experiment", "Entropy", "Focus", "Sparsity", "Similarity", "S
 
 def analyse(config: Config) -> dict[str, Measured]:
     """Measure every student, write artifacts/<profile>/attention/ and return the students by their experiments."""
+    from matplotlib.style import context
+
     measured = measure(config)
     prompts = read_prompts(config)
-    with whole_folder(charts.folder(config)) as work:
+    with whole_folder(charts.folder(config)) as work, context("default"):
         write_text(work / "attention.csv", table_text(layer_rows(measured)))
         write_text(work / "heads.csv", table_text(head_rows(measured)))
         write_text(work / "confidence.csv", table_text(confidence_rows(measured)))
@@ -42,6 +44,8 @@ def analyse(config: Config) -> dict[str, Measured]:
 
 def draw_heads(config: Config, heads: Sequence[tuple[int, int]]) -> list[Path]:
     """Draw the named heads (layer, head) of every student on the first test question; returns the images' paths."""
+    from matplotlib.style import context
+
     names = student_names(config)
     students = Students(config, names)
     for layer, head in heads:
@@ -55,7 +59,7 @@ def draw_heads(config: Config, heads: Sequence[tuple[int, int]]) -> list[Path]:
     for name in names:
         with students.student(name) as model:
             found[name] = maps(model, question, heads)
-    with whole_folder(charts.heads_folder(config)) as work:
+    with whole_folder(charts.heads_folder(config)) as work, context("default"):
         drawn = [
             charts.head_chart(layer, head, {name: one[layer, head] for name, one in found.items()}, work)
             for layer, head in heads

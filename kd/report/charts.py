@@ -316,7 +316,8 @@ def standalone(chart: Chart, drawn: str) -> str:
 def write_chart(chart: Chart, drawn: str, folder: Path) -> None:
     """Write the chart, `drawn` as `svg` gave it, as <name>.svg and <name>.png."""
     write_text(folder / f"{chart.name}.svg", standalone(chart, drawn))
-    chart.figure.savefig(folder / f"{chart.name}.png", dpi=150, facecolor="white", metadata={"Software": None})
+    with styled():
+        chart.figure.savefig(folder / f"{chart.name}.png", dpi=150, facecolor="white", metadata={"Software": None})
 
 
 def _bars(axes: Axes, experiments: Mapping[str, Mapping[str, Any]], control: str | None) -> None:
@@ -374,12 +375,21 @@ def _axes(height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 @contextmanager
+def styled() -> Iterator[Any]:
+    """The style, whatever a matplotlibrc or another library has set; yields what holds it."""
+    from matplotlib import rcParams
+    from matplotlib.style import context
+
+    with context(STYLE, after_reset=True):
+        yield rcParams
+
+
+@contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
     """An empty figure of the style, laid out when all is drawn."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         layout = figure.get_layout_engine()
@@ -412,11 +422,10 @@ def _share_both(some: Sequence[bool], others: Sequence[bool]) -> float:
 
 
 def _element(chart: Chart) -> ElementTree.Element:
-    from matplotlib import rc_context
-
     text = StringIO()
     nothing_of_now = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context(STYLE | {"svg.hashsalt": chart.name}):
+    with styled() as style:
+        style["svg.hashsalt"] = chart.name
         chart.figure.savefig(text, format="svg", transparent=True, metadata=nothing_of_now)
     root = ElementTree.fromstring(text.getvalue())
     for parent in root.iter():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from matplotlib import style
 
 from kd.cli import main
 from kd.report.figures import fill, unbound
@@ -49,10 +50,12 @@ def test_results_are_small_and_logs_are_not_in_git(folder: Path) -> None:
 
 
 def test_the_tables_of_a_study_are_printed_and_its_page_stays(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (DONE[0] / "README.md").read_bytes()
-    assert main(["study", "tables", str(DONE[0])]) == 0
+    page = {path: path.read_bytes() for path in (DONE[0] / "README.md", *DONE[0].glob("*.svg"))}
+    assert len(page) == 3
+    with style.context("ggplot"):  # as optuna's plots leave it to all that come after
+        assert main(["study", "tables", str(DONE[0])]) == 0
     assert "Collapsed seeds" in capsys.readouterr().out
-    assert (DONE[0] / "README.md").read_bytes() == readme
+    assert {path: path.read_bytes() for path in page} == page
 
 
 def test_the_studies_yaml_is_right() -> None:
