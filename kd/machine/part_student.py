@@ -9,6 +9,7 @@ from contextlib import closing
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kd import fingerprint
@@ -16,7 +17,7 @@ from kd.config import Config
 from kd.data.rows import read_examples
 from kd.machine.lengths import ALL
 from kd.machine.measure import clock, gpu_use, timed
-from kd.machine.stand_in import made_up
+from kd.machine.stand_in import made_up_weights
 
 if TYPE_CHECKING:
     from kd.assess.row import Row
@@ -30,7 +31,7 @@ def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     """`kd train` on some rows, for each kind of student: what an update takes by its tokens, and a graph's recording;
     and what stays to be done once, or for each test row, checkpoint and update."""
     clock.leave_out_compiling()
-    with made_up(params.student.model, "transformers") as weights:
+    with made_up_weights(params.student.model, "transformers") as weights:
         (first, experiment), *others = task["kinds"].items()
         found = _train_first(params, experiment)
         found["kinds"] = {first: found.pop("kind")}
@@ -42,7 +43,7 @@ def train(params: Config, task: dict[str, Any]) -> dict[str, Any]:
         found["measured_s"] += clock() - start
         found["once_s"] = sum(kind.pop("once_s") for kind in found["kinds"].values())
         found["log_s"] = _log_seconds(params.artifacts / "loss")
-    return found | {"made_up_s": weights.seconds, "compiled_s": clock.compiled}
+    return found | {"made_up_s": weights.seconds}
 
 
 def _train_first(params: Config, experiment: str) -> dict[str, Any]:
@@ -158,6 +159,7 @@ def shape_of(batch: Sequence[Any], bucket: int) -> tuple[int, int, int]:
 
 def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     """`kd assess`: what reading and continuing a full batch of rows takes, and what the last rows take."""
+    from kd.assess.ahead import kernels_for
     from kd.assess.decode import slot_count
     from kd.assess.generate import Ending
     from kd.assess.row import Row
@@ -168,13 +170,13 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     fingerprint.code_sha256("kd.assess.run")  # a part of its key
     tokenizer = load_tokenizer(model_folder(params.student.model))
     start = clock()
-    with made_up(params.student.model, "transformers") as weights:
+    with made_up_weights(params.student.model, "transformers") as weights:
         student = fresh_student(params, task["experiment"]) if task["experiment"] else _bare(params)
         student = student.merge_and_unload().eval() if task["experiment"] else student
     load_s = clock() - start - weights.seconds
+    kernels, used, ways = kernels_for(student), gpu_use(), []
     gpu = student.device.type == "cuda"
-    used, ways = gpu_use(), []
-    warmed_s = [_warm_up(student, tokenizer) for _ in range(2)] if gpu else [0.0]
+    warmed_s = [_warm_up(student, tokenizer, kernels) for _ in range(2)] if gpu else [0.0]
     start = clock()
     for way in task["ways"]:
         lengths, limit, ending = way["lengths"], way["limit"], Ending(tokenizer, frozenset(), way["stop"])
@@ -187,13 +189,12 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
             step = len(lengths) / count
             chosen = [sorted(lengths)[int((i + 0.5) * step)] for i in range(count)]
             rows = [Row(i, [2 + j % 11 for j in range(length)], limit) for i, length in enumerate(chosen)]
-            waves.append(_wave(student, rows, params.assess.batch_tokens, longest, ending, gpu))
+            waves.append(_wave(student, rows, params.assess.batch_tokens, longest, ending, kernels))
             waves[-1]["row_s"] = _finishing(rows, ending, params.artifacts)
             used = list(map(max, used, waves[-1].pop("gpu_gib")))
         ways.append({"slots": slots, "full": waves[0], "last": waves[1] if len(waves) > 1 else None})
     return {
         "made_up_s": weights.seconds,
-        "compiled_s": clock.compiled,
         "load_s": load_s,
         "measured_s": clock() - start + 2 * warmed_s[-1],
         "ways": ways,
@@ -201,13 +202,13 @@ def assess(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _warm_up(student: Any, tokenizer: Any) -> float:
+def _warm_up(student: Any, tokenizer: Any, kernels: ModuleType | None) -> float:
     """Seconds of some short answers. The first time libraries load what they need, which counts as starting."""
     from kd.assess.generate import Ending
     from kd.assess.row import Row
 
     rows = [Row(i, [2] * 64, WARM_TOKENS) for i in range(WARM_ROWS)]
-    return timed(lambda: _wave(student, rows, WARM_ROWS * 128, 128, Ending(tokenizer, frozenset()), gpu=True))
+    return timed(lambda: _wave(student, rows, WARM_ROWS * 128, 128, Ending(tokenizer, frozenset()), kernels))
 
 
 def _finishing(rows: list[Row], ending: Any, folder: Path) -> float:
@@ -222,14 +223,14 @@ def _finishing(rows: list[Row], ending: Any, folder: Path) -> float:
     return taken / len(rows)
 
 
-def _wave(model: Any, rows: list[Row], batch_tokens: int, longest: int, ending: Any, gpu: bool) -> dict[str, Any]:
+def _wave(
+    model: Any, rows: list[Row], batch_tokens: int, longest: int, ending: Any, kernels: ModuleType | None
+) -> dict[str, Any]:
     """Seconds of rows that begin and end together: the first time, and again when CUDA graphs are recorded."""
-    from kd.assess.ahead import kernels_for
     from kd.assess.decode import decode
 
-    budget, limit = (DECODE_GPU_S if gpu else DECODE_CPU_S), rows[0].limit
+    budget, limit = (DECODE_GPU_S if model.device.type == "cuda" else DECODE_CPU_S), rows[0].limit
     start, ticks = clock(), []  # when the rows had how many tokens: some more at each look
-    kernels = kernels_for(model)
     with closing(decode(model, rows, batch_tokens, longest, ending.reached, operations=kernels)) as steps:  # type: ignore[type-var]
         for ended in steps:
             ticks.append((clock(), len(rows[0].new)))

@@ -16,7 +16,7 @@ from kd.data.rows import read_examples
 from kd.io.files import put_in_place
 from kd.machine.lengths import ALL
 from kd.machine.measure import clock, gpu_use
-from kd.machine.stand_in import made_up
+from kd.machine.stand_in import made_up_weights
 from kd.store.head import HEAD_FOLDER, read_head_manifest
 from kd.store.records import ModelIdentity, Reading
 from kd.store.writer import StoreWriter
@@ -80,7 +80,7 @@ def head(params: Config, _: dict[str, Any]) -> dict[str, Any]:
     """`kd head`."""
     from kd.teacher.capture import keep_head
 
-    with made_up(params.teacher.model, params.teacher.backend) as weights:
+    with made_up_weights(params.teacher.model, params.teacher.backend) as weights:
         keep_head(params)
     return {"made_up_s": weights.seconds, "gpu_gib": gpu_use()}
 
@@ -103,7 +103,7 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
         for name, text in params.prompts.items()
     }
     most, lengths_s = max(map(max, lengths.values())), clock() - start
-    with made_up(params.teacher.model, params.teacher.backend) as weights:
+    with made_up_weights(params.teacher.model, params.teacher.backend) as weights:
         loaded = backends.load(params.teacher, most)
     longest = [[2 + i % 7 for i in range(most)]] * rows
     # As much memory as any other takes. What libraries take the first time counts as starting.
@@ -112,16 +112,18 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     target = params.artifacts / "teacher" / prompt
     about = (backends.identity(params.teacher), prompt_record(params, prompt), tokenization(tokenizer, params.distill))
     work, beside = (target.with_name(f"{prompt}.{end}") for end in ("work", "beside"))
-    for folder in (work, beside):
-        folder.mkdir(parents=True)
-    writer, other = (StoreWriter(folder, *about, key=key, batch_rows=rows) for folder in (work, beside))
-    ahead = _ahead(loaded, wanted, rows, other) if _is_ahead(params) else {}
+    work.mkdir(parents=True)
+    ahead = {}
+    if _is_ahead(params):
+        beside.mkdir()
+        ahead = _ahead(loaded, wanted, rows, StoreWriter(beside, *about, key=key, batch_rows=rows))
+        shutil.rmtree(beside)
+    writer = StoreWriter(work, *about, key=key, batch_rows=rows)
     watched = capture_into(loaded, wanted, rows, writer)
     ended = clock()
     writer.finish(read_head_manifest(params.artifacts / "teacher" / HEAD_FOLDER).sha256)
     put_in_place(work, target)
     settled = clock() - ended
-    shutil.rmtree(beside)
     found = {"forwards": watched.intervals(ended), "first_s": 0.0, "second_s": 0.0, "keep_s": 0.0} | ahead
     return found | {
         "made_up_s": weights.seconds,

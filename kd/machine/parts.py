@@ -46,7 +46,7 @@ def _done(task: dict[str, Any]) -> dict[str, Any]:
     params, began = Config.model_validate(task["params"]), datetime.now().astimezone()
     found = PARTS[task["part"]](params, task)
     write_record(params, task["part"], began)
-    return found
+    return found | {"compiled_s": clock.compiled}
 
 
 def main() -> None:

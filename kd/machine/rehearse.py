@@ -563,8 +563,7 @@ def find_model_folder(model: Model) -> Path | None:
 
 def _fixed(found: dict[str, Any]) -> float:
     """Seconds of a stage that do not depend on its rows: starting, loading and ending."""
-    compiled = found.get("compiled_s", 0.0)
-    return float(found["whole_s"] - found["made_up_s"] - compiled - found["measured_s"])
+    return float(found["whole_s"] - found["made_up_s"] - found["compiled_s"] - found["measured_s"])
 
 
 def _answers(way: dict[str, Any], rows: int) -> float:

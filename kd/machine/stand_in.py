@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,19 +52,14 @@ def save_tokenizer(folder: Path, vocabulary: int) -> None:
     (folder / TOKENIZER_CONFIG).write_text(json.dumps({"tokenizer_class": PLAIN, **special}))
 
 
-def made_up(model: Model, backend: str) -> AbstractContextManager[MadeUp]:
-    """Random weights for a stand-in."""
-    assert isinstance(model, FolderModel)
-    return made_up_weights(model.folder, backend)
-
-
 @contextmanager
-def made_up_weights(folder: Path, backend: str) -> Iterator[MadeUp]:
-    """Let the `backend` have random weights for what it reads from the stand-in in `folder`."""
+def made_up_weights(model: Model, backend: str) -> Iterator[MadeUp]:
+    """Let the `backend` have random weights for what it reads from the stand-in that `model` names."""
+    assert isinstance(model, FolderModel)
     made_up = MadeUp()
     with ExitStack() as stack:
         if backend == "exllamav2":
-            stack.enter_context(random_weights(bits_of(read_object(folder / CONFIG))))
+            stack.enter_context(random_weights(bits_of(read_object(model.folder / CONFIG))))
         stack.enter_context(_made_up_for_transformers(made_up))
         yield made_up
 

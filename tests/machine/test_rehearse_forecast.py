@@ -127,7 +127,13 @@ def test_a_teacher_that_records_forwards_is_reckoned_by_how_often_lengths_come(
     assert [seconds for _, seconds in found["forwards"]] == pytest.approx([5] * len(found["forwards"]))
     assert found["keep_s"] == pytest.approx(0)
     assert not list((params.artifacts / "teacher").glob("base.*"))
-    found |= {"whole_s": found["measured_s"] + found["made_up_s"] + 2, "host_gib": 0.0, "settle_s": 0.5, "keep_s": 1.0}
+    found |= {
+        "whole_s": found["measured_s"] + found["made_up_s"] + 2,
+        "host_gib": 0.0,
+        "settle_s": 0.5,
+        "keep_s": 1.0,
+        "compiled_s": 0.0,
+    }
     kept = {"whole_s": 1.0, "made_up_s": 0.0, "host_gib": 0.0}
     monkeypatch.setattr(rehearsal.parts, "do", lambda tasks, _: [{"head": kept, "teacher": found}[tasks[0][0]]])
     teacher = rehearse.Stage("teacher", 4)
