@@ -218,11 +218,15 @@ def begun(command: str, prepared: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+def work_in_copy(made: Path, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let the working folder be a copy of one that was made."""
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    patch.chdir(folder)
+
+
 @pytest.fixture
 def in_begun(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working folder is a copy of that one."""
-    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+    work_in_copy(begun, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("in_begun")
@@ -261,9 +265,7 @@ def captured(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def in_captured(captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working folder is a copy of that one."""
-    shutil.copytree(captured, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+    work_in_copy(captured, tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("in_captured")
