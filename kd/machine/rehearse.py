@@ -194,7 +194,7 @@ def look_around(params: Config, folder: Path) -> Machine:
             f"no GPU is visible, and {params.profile} needs {needed} of {memory:g} GiB; rehearse it where they are "
             "(CUDA_VISIBLE_DEVICES may hide them), or another profile, `kd rehearse --params profiles/mini.yaml`"
         )
-    return Machine(found["gpus"], read_memory() / GIB, found["whole_s"])
+    return Machine(found["gpus"], read_memory() / GIB, found["whole_s"] - found["measured_s"])
 
 
 class Parts:

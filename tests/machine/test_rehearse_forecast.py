@@ -83,6 +83,33 @@ def test_what_the_first_check_takes_is_not_reckoned_for_every_row(
     assert found["test_row_s"] * rehearse.ROWS_CPU < 2
 
 
+def test_what_libraries_take_the_first_time_is_of_each_students_process_once(
+    tiny_params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsal = rehearse.Rehearsal(
+        config.Config.model_validate(tiny_params), tmp_path, rehearse.Machine([], memory_gib=4.0)
+    )
+    monkeypatch.chdir(tmp_path)
+    seconds = iter([3.0, 1.0])  # the second student finds them at work
+    monkeypatch.setattr(part_student, "_updates", lambda *_: {"once_s": next(seconds)})
+    kinds = {"one": "fine-tuning-1", "another": "fine-tuning-1"}
+    found = part_student.train(config.Config.model_validate(rehearsal.task), {"kinds": kinds})
+    assert found["once_s"] == 3
+    assert list(found["kinds"]) == list(kinds)
+
+
+def test_libraries_are_read_before_anything_is_measured(
+    tiny_params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys; from kd.machine import parts; parts.look(); print(set(parts.LIBRARIES) - set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "set()\n"
+    found = {"gpus": [], "whole_s": 9.0, "measured_s": 7.0}
+    monkeypatch.setattr(rehearse.Parts, "do", lambda *_: [found])
+    machine = rehearse.look_around(config.Config.model_validate(tiny_params), tmp_path)
+    assert machine.start_s == 2
+
+
 class Recorder:
     """A teacher that launches a length's first forward, records the second and then plays it; its own clock, which
     nothing else moves."""
