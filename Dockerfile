@@ -34,6 +34,7 @@ ENV LANG=C.UTF-8 \
     DVC_SITE_CACHE_DIR=/tmp/dvc \
     UV_PYTHON_INSTALL_DIR=/opt/kd/python \
     UV_CACHE_DIR=/var/cache/uv \
+    UV_COMPILE_BYTECODE=1 \
     UV_LINK_MODE=copy
 
 # hadolint ignore=DL3008
@@ -53,7 +54,8 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
 
 
 FROM libraries AS cpu
-# What is imported here leaves its bytecode, which nothing can be written beside later.
+# Nothing can be written beside the libraries later: uv compiled them to bytecode, and what is imported here of Python's own
+# leaves it.
 RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
     --mount=type=bind,source=kd,target=/build/kd \
