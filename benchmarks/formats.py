@@ -15,14 +15,12 @@ no token's, and the divergence is forward KL, whose value that leaves finite.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from result import write_result
+from result import root_mean_square, write_result
 
 from kd.analysis.formats import Error, in_eight_bits, objective_errors, of_largest
 from kd.config import Config, Distill, load_config
@@ -148,10 +146,6 @@ def measure(
             for way, error in found.items():
                 errors[name][way].append(error)
     return errors
-
-
-def root_mean_square(values: list[float]) -> float:
-    return math.sqrt(statistics.fmean(value**2 for value in values))
 
 
 def summary(errors: list[Error]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import statistics
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +39,10 @@ def hardware() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return found
+
+
+def root_mean_square(values: list[float]) -> float:
+    return math.sqrt(statistics.fmean(value**2 for value in values))
 
 
 def _cpu() -> str:

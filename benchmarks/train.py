@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import random
 import re
 import statistics
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from result import write_result
+from result import root_mean_square, write_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd.config import Distill, load_config
@@ -244,10 +243,6 @@ def gradients_of(
         found.append((losses[0], gradient))
     student.unload()
     return found
-
-
-def root_mean_square(values: list[float]) -> float:
-    return math.sqrt(statistics.fmean(value**2 for value in values))
 
 
 def seconds_to_copy(size: int) -> float:
