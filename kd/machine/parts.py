@@ -26,14 +26,16 @@ from kd.machine.record import write_record
 LIBRARIES = ("torch._dynamo", "transformers.models.llama.modeling_llama", "peft", "dvclive", "dvc.repo.experiments")
 
 
-def look() -> dict[str, Any]:
-    """The GPUs of this machine; and its libraries, so that no part is the first one to read them."""
+def look(task: dict[str, Any]) -> dict[str, Any]:
+    """The GPUs of this machine; and where those that are needed are here, its libraries, so that no part is the first
+    one to read them."""
     import torch
 
     found = [torch.cuda.get_device_properties(gpu) for gpu in range(torch.cuda.device_count())]
     start = clock()
-    for library in LIBRARIES:
-        import_module(library)
+    if found or not task["gpus"]:
+        for library in LIBRARIES:
+            import_module(library)
     return {"gpus": [{"name": gpu.name, "gib": gpu.total_memory / GIB} for gpu in found], "measured_s": clock() - start}
 
 
@@ -62,7 +64,7 @@ def main() -> None:
     file = Path(sys.argv[1])
     task = json.loads(file.read_text())
     try:
-        found = look() if task["part"] == "look" else _done(task)
+        found = look(task) if task["part"] == "look" else _done(task)
     except (UserError, WorkFailedError) as error:
         found = {"refused": str(error)}
     except RuntimeError as error:

@@ -187,8 +187,8 @@ def scratch(params: Config) -> Iterator[Path]:
 
 def look_around(params: Config, folder: Path) -> Machine:
     """This machine; a WorkFailedError where it has no GPU and the experiment needs some."""
-    (found,) = Parts(folder).do([("look", {}, None)], {})
     needed, memory = gpus_needed(params), params.needs.gpu_memory_gib
+    (found,) = Parts(folder).do([("look", {"gpus": needed}, None)], {})
     if needed and not found["gpus"]:
         raise WorkFailedError(
             f"no GPU is visible, and {params.profile} needs {needed} of {memory:g} GiB; rehearse it where they are "

@@ -101,9 +101,16 @@ def test_what_the_first_student_takes_beyond_the_others_is_of_no_stage(
 def test_libraries_are_read_before_anything_is_measured(
     tiny_params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "import sys; from kd.machine import parts; parts.look(); print(set(parts.LIBRARIES) - set(sys.modules))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout == "set()\n"
+    code = """
+import sys
+from kd.machine import parts
+for gpus in (1, 0):  # one that is needed and not here, so that nothing will be measured; none
+    parts.look({"gpus": gpus})
+    print(all(library in sys.modules for library in parts.LIBRARIES))
+"""
+    hidden = environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=hidden)
+    assert said.stdout.split() == ["False", "True"]
     found = {"gpus": [], "whole_s": 9.0, "measured_s": 7.0}
     monkeypatch.setattr(rehearse.Parts, "do", lambda *_: [found])
     machine = rehearse.look_around(config.Config.model_validate(tiny_params), tmp_path)
