@@ -25,12 +25,14 @@ from typing import Any
 
 from kd.config import Config, HubModel, Model, run_name
 from kd.errors import WorkFailedError
+from kd.io.distributed import gpu_names
 from kd.io.files import free_bytes
 from kd.machine.lengths import ALL, batch_tokens, row_lengths, spread, token_counter, words, write_rows
 from kd.machine.probe import GIB, find_model, gpus_needed, read_memory
 from kd.machine.random_exl2 import tensors
 from kd.machine.shapes import settings_of
 from kd.machine.stand_in import write_stand_in
+from kd.machine.students import Place, places_for
 from kd.models import hub
 
 ROWS_CPU, ROWS_GPU = 16, 64  # training rows of a rehearsal
@@ -203,12 +205,13 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def do(self, tasks: list[tuple[str, dict[str, Any], list[int] | None]], params: dict[str, Any]) -> list[Any]:
-        """What each of `tasks` (part, options, its GPUs or None for all) finds; they are done at the same time."""
+    def do(self, tasks: list[tuple[str, dict[str, Any], Place | None]], params: dict[str, Any]) -> list[Any]:
+        """What each of `tasks` (part, options, its place or None for the whole machine) finds; they are done at the
+        same time."""
         begun: list[tuple[str, Path, subprocess.Popen[bytes]]] = []
         try:
-            for part, options, gpus in tasks:
-                begun.append((part, *self._begin(part, options, gpus, params)))
+            for part, options, place in tasks:
+                begun.append((part, *self._begin(part, options, place, params)))
             ends = _ends([process for _, _, process in begun])
             return [self._result(*one, ended) for one, ended in zip(begun, ends, strict=True)]
         finally:
@@ -218,17 +221,14 @@ class Parts:
                 process.wait()
 
     def _begin(
-        self, part: str, options: dict[str, Any], gpus: list[int] | None, params: dict[str, Any]
+        self, part: str, options: dict[str, Any], place: Place | None, params: dict[str, Any]
     ) -> tuple[Path, subprocess.Popen[bytes]]:
         file = self.folder / f"{part}.json"
         file.write_text(json.dumps({"part": part, "params": params, "since": time.time(), **options}))
         code = str(Path(__file__).parents[2])
         paths = os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-        if gpus is not None:
-            before = os.environ.get("CUDA_VISIBLE_DEVICES")
-            visible = before.split(",") if before else [str(gpu) for gpu in range(max(gpus) + 1)]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] for gpu in gpus)
+        environment |= place.environment() if place else {}
         print(f"rehearse: {part}", file=sys.stderr, flush=True)
         # In a session of its own, so that Ctrl-C comes to us alone, and we end it.
         return file, subprocess.Popen(
@@ -346,7 +346,8 @@ class Rehearsal:
         tasks: list[tuple[str, dict[str, Any]]] = [("train", {"kinds": kinds})] if kinds else []
         tasks.append(("assess", {"ways": ways, "experiment": adapters[0] if adapters else None}))
         if self.gpus > 1:
-            found = self.parts.do([(*task, [gpu]) for gpu, task in enumerate(tasks)], self.task)
+            places = places_for(gpu_names(self.gpus))
+            found = self.parts.do([(*task, place) for task, place in zip(tasks, places, strict=False)], self.task)
         else:
             found = [self.parts.do([(*task, None)], self.task)[0] for task in tasks]
         trained = found[0] if kinds else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,16 +101,20 @@ def test_students_take_a_gpu_each(small: dict[str, Any], tmp_path: Path) -> None
     shutil.copytree(REPOSITORY / "kd", "kd", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORY / "reviews", "reviews")
     shutil.copy(REPOSITORY / "dvc.yaml", "dvc.yaml")
-    subprocess.run(["dvc", "init", "--quiet", "--no-scm"], env=environment(), check=True)
-    # Each stage's process says which GPUs it has: Python runs this module before anything else.
+    init = [sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm"]
+    subprocess.run(init, env=environment(), check=True)
+    # Each stage's process says which GPUs it has, and how many threads: Python runs this module before anything else.
     Path("sitecustomize.py").write_text(
-        "import os, sys\nif sys.orig_argv[1:3] == ['-m', 'kd']: print('sees', os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
+        "import os, sys\nif sys.orig_argv[1:3] == ['-m', 'kd']:\n"
+        "    print('sees', os.environ.get('OMP_NUM_THREADS'), os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
     )
     variables = environment() | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "kd", "students", "--jobs", "2"]
     done = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    seen = {line.split()[0]: line.split()[-1] for line in done.stderr.splitlines() if " | sees " in line}
+    told = [line.split() for line in done.stderr.splitlines() if " | sees " in line]
+    seen = {line[0]: line[-1] for line in told}
+    assert {int(line[-2]) for line in told} == {max(1, len(os.sched_getaffinity(0)) // 2)}
     assert {stage for stage in seen if stage.startswith("train")} == {
         "train@teacher-kd-1",
         "train-control@fine-tuning-1",

@@ -117,6 +117,29 @@ for gpus in (1, 0):  # one that is needed and not here, so that nothing will be 
     assert machine.start_s == 2
 
 
+def test_students_side_by_side_have_a_gpu_and_a_share_of_the_cores_each(
+    tiny_params: dict[str, Any], tmp_path: Path, quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `kd students` starts them: two processes that want all cores wait for each other."""
+    begun: dict[str, dict[str, str]] = {}
+    start = subprocess.Popen
+
+    def noted(command: list[str], **named: Any) -> Any:
+        begun[Path(command[-1]).stem] = named["env"]
+        return start(command, **named)
+
+    monkeypatch.setattr(sys, "executable", str(quick))
+    monkeypatch.setattr(rehearse.subprocess, "Popen", noted)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")  # which are not here: all is done on the CPU
+    gpus = [{"name": "a GPU", "gib": 80.0}] * 2
+    rehearse.Rehearsal(config.Config.model_validate(tiny_params), tmp_path, rehearse.Machine(gpus, 4.0)).stages()
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    for part, gpu in (("train", "3"), ("assess", "5")):
+        assert (begun[part]["CUDA_VISIBLE_DEVICES"], begun[part]["OMP_NUM_THREADS"]) == (gpu, share)
+    assert begun["teacher"].get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")  # it has the machine to itself
+    assert begun["teacher"]["CUDA_VISIBLE_DEVICES"] == "3,5,7"
+
+
 class Recorder:
     """A teacher that launches a length's first forward, records the second and then plays it; its own clock, which
     nothing else moves."""
