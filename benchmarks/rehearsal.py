@@ -36,17 +36,16 @@ from kd.config import Config, load_config, run_name
 from kd.io.distributed import gpu_names
 from kd.machine.lengths import write_rows
 from kd.machine.measure import clock
-from kd.machine.probe import GIB, read_memory
 from kd.machine.rehearse import Machine, Rehearsal, rehearse, text
 from kd.machine.stand_in import made_up_weights
 from kd.machine.students import Place, places_for
+from kd.models.load import model_folder
 from kd.models.settings import read_settings
 from kd.scoring.log import read_log
 from kd.teacher import backends
 
 REPOSITORY = Path(__file__).parents[1]
 STUDENTS = ("train", "assess")  # what runs side by side
-DONE = "done.json"
 LONG = 0.95  # of the tokens up to the limit, at least, where answers go on to it
 
 
@@ -133,8 +132,7 @@ def groups(stages: list[str], where: list[Place | None]) -> list[list[tuple[str,
 
 def prepare(params: Config, folder: Path) -> None:
     """A checkout's params, stand-ins and rows of all lengths in `folder`."""
-    gpus = [{"name": "", "gib": 0.0}] * max(1, torch.cuda.device_count())
-    rehearsal = Rehearsal(params, folder, Machine(gpus, read_memory() / GIB))
+    rehearsal = Rehearsal(params, folder, Machine([], 0.0))  # which is not asked
     size = rehearsal.documents["student"]["vocab_size"]
     for split, lengths in rehearsal.lengths.items():
         write_rows(folder / params.artifacts / "data" / f"{split}.jsonl", lengths, size)
@@ -145,15 +143,14 @@ def prepare(params: Config, folder: Path) -> None:
 
 def run_stage(folder: Path, stage: str, place: Place | None, states_made_up: bool) -> dict[str, Any]:
     """A stage in a process of its own, whose progress is seen: its seconds, and what else is known of it."""
-    paths = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"} | (place.environment() if place else {})
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | (place.environment() if place else {})
     command = [sys.executable, __file__, "--stage", stage, *(["--states-made-up"] if states_made_up else [])]
     start = time.time()
     status = subprocess.run(command, cwd=folder, env=variables).returncode
     whole_s = time.time() - start
     if status:
         raise SystemExit(f"{stage} ended with status {status}; what it said stands above")
-    found: dict[str, Any] = json.loads((folder / f"{stage.replace(' ', '-')}.{DONE}").read_text())
+    found: dict[str, Any] = json.loads((folder / done_file(stage)).read_text())
     return found | {"whole_s": whole_s, "took_s": whole_s - found["made_up_s"] - found["compiled_s"]}
 
 
@@ -161,11 +158,10 @@ def do_stage(stage: str, states_made_up: bool) -> int:
     """`kd STAGE` in this process, with weights made up; what is not the stage's own comes beside it. Its status."""
     params, (kind, *what) = load_config(Path("params.yaml")), stage.split()
     teacher = kind in ("head", "teacher")
-    model, backend = (
-        (params.teacher.model, params.teacher.backend) if teacher else (params.student.model, "transformers")
-    )
+    model = (params.teacher if teacher else params.student).model
+    backend = params.teacher.backend if teacher else "transformers"
     if states_made_up:
-        hidden = read_settings(Path(str(params.teacher.model.model_dump()["path"]))).hidden_size
+        hidden = read_settings(model_folder(params.teacher.model)).hidden_size
         backends.load = lambda *_: RandomStates(hidden)
     if not teacher:
         clock.leave_out_compiling()
@@ -175,8 +171,13 @@ def do_stage(stage: str, states_made_up: bool) -> int:
     if kind == "assess":
         tokens = [row.tokens for row in read_log(params, what[0])]
         found |= {"tokens": sum(tokens), "limit": params.experiments[what[0]].max_new_tokens * len(tokens)}
-    Path(f"{stage.replace(' ', '-')}.{DONE}").write_text(json.dumps(found))
+    Path(done_file(stage)).write_text(json.dumps(found))
     return status
+
+
+def done_file(stage: str) -> str:
+    """Where a stage's process says what is known of it."""
+    return f"{stage.replace(' ', '-')}.json"
 
 
 def is_comparable(found: dict[str, Any]) -> bool:

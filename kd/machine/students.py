@@ -43,8 +43,8 @@ class Place:
     """Where one stage runs at a time: on one GPU, called as CUDA_VISIBLE_DEVICES calls it, or None where there is none;
     and by as many `threads` as it has cores for itself.
 
-    Threads of several processes that want all cores wait for each other: beside another such process the teacher's rows
-    of a 405B's width came together in 6.5 instead of 0.6 ms, and a GPU waits for them (docs/scale.md).
+    Threads of several processes that want all cores wait for each other: on two cores the teacher's rows of a 405B's
+    width came together in 0.6 ms, beside another such process in 6.5 (docs/scale.md).
     """
 
     gpu: str | None
