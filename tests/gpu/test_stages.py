@@ -108,7 +108,8 @@ def test_students_take_a_gpu_each(small: dict[str, Any], tmp_path: Path) -> None
         "import os, sys\nif sys.orig_argv[1:3] == ['-m', 'kd']:\n"
         "    print('sees', os.environ.get('OMP_NUM_THREADS'), os.environ.get('CUDA_VISIBLE_DEVICES'))\n"
     )
-    variables = environment() | {"PYTHONPATH": str(tmp_path)}
+    first = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = environment() | {"PYTHONPATH": first}
     command = [sys.executable, "-m", "kd", "students", "--jobs", "2"]
     done = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
