@@ -124,7 +124,8 @@ def teacher(params: Config, task: dict[str, Any]) -> dict[str, Any]:
     writer.finish(read_head_manifest(params.artifacts / "teacher" / HEAD_FOLDER).sha256)
     put_in_place(work, target)
     settled = clock() - ended
-    found = {"forwards": watched.intervals(ended), "first_s": 0.0, "second_s": 0.0, "keep_s": 0.0} | ahead
+    forwards = watched.intervals(ended) or [(rows * most, longest_s)]  # of all questions in one there is none
+    found = {"forwards": forwards, "first_s": 0.0, "second_s": 0.0, "keep_s": 0.0} | ahead
     return found | {
         "made_up_s": weights.seconds,
         "measured_s": clock() - start + lengths_s + 2 * longest_s,

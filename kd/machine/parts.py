@@ -6,8 +6,10 @@ and the stand-ins. It writes what it found beside its task.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
+import signal
 import sys
 from datetime import datetime
 from importlib import import_module
@@ -24,6 +26,9 @@ from kd.machine.record import write_record
 # What stages begin with. Of an environment's first process they cost some seconds more: nothing of them is in memory,
 # and often (uv's way) not compiled to bytecode either. That is not of each stage.
 LIBRARIES = ("torch._dynamo", "transformers.models.llama.modeling_llama", "peft", "dvclive", "dvc.repo.experiments")
+
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent ends
 
 
 def look(task: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +68,7 @@ def main() -> None:
     """Do the task of a file; its result, or why it was refused, comes beside it."""
     file = Path(sys.argv[1])
     task = json.loads(file.read_text())
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever waits may be killed, or lose its terminal
     try:
         found = look(task) if task["part"] == "look" else _done(task)
     except (UserError, WorkFailedError) as error:

@@ -26,13 +26,12 @@ from typing import Any
 from kd.config import Config, HubModel, Model, run_name
 from kd.errors import WorkFailedError
 from kd.io.distributed import gpu_names
-from kd.io.files import free_bytes
 from kd.machine.lengths import ALL, batch_tokens, row_lengths, spread, token_counter, words, write_rows
-from kd.machine.probe import GIB, find_model, gpus_needed, read_memory
+from kd.machine.probe import GIB, Disk, copies_folder, find_model, gpus_needed, read_disk, read_memory
 from kd.machine.random_exl2 import tensors
 from kd.machine.shapes import settings_of
 from kd.machine.stand_in import write_stand_in
-from kd.machine.students import Place, places_for
+from kd.machine.students import Place, places_for, room_for
 from kd.models import hub
 
 ROWS_CPU, ROWS_GPU = 16, 64  # training rows of a rehearsal
@@ -44,6 +43,7 @@ COMMAND_S = 1.5  # of DVC around each of its stages
 REPORT_S = 2.0  # of `kd report` beside its start
 STEP_SHARE = 1 / 3  # of a training step, in which a question of `kd attention` is read
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KILLED = "killed by the system, mostly for lack of the host's memory; take a machine, or a container, with more"
 RANDOM = "Random weights say nothing of results: this is what the experiment takes, not what comes of it."
 
 
@@ -129,8 +129,9 @@ def text(document: dict[str, Any]) -> str:
     disk, memory = document["disk"], document["machine"]["memory_gib"]
     lines.append("")
     lines.append(f"in all: {span(document['seconds'])}" + _money(document))
+    least = "" if all(stage["fits"] for stage in document["stages"]) else "at least "
     lines.append(
-        f"disk: {disk['results_gib']:.1f} GiB of results and {disk['copies_gib']:.1f} of DVC's copies, "
+        f"disk: {least}{disk['results_gib']:.1f} GiB of results and {disk['copies_gib']:.1f} of DVC's copies, "
         f"{disk['free_gib']:.1f} free; memory of the machine: {memory:.1f} GiB"
     )
     return "\n".join([*lines, *document["notes"], document["random_weights"]]) + "\n"
@@ -191,6 +192,8 @@ def look_around(params: Config, folder: Path) -> Machine:
     """This machine; a WorkFailedError where it has no GPU and the experiment needs some."""
     needed, memory = gpus_needed(params), params.needs.gpu_memory_gib
     (found,) = Parts(folder).do([("look", {"gpus": needed}, None)], {})
+    if "refused" in found:
+        raise WorkFailedError(f"looking around on this machine was {found['refused']}")
     if needed and not found["gpus"]:
         raise WorkFailedError(
             f"no GPU is visible, and {params.profile} needs {needed} of {memory:g} GiB; rehearse it where they are "
@@ -244,7 +247,7 @@ class Parts:
         """What a process found; `whole_s` is its seconds from its start to its end."""
         status, found = process.wait(), file.with_suffix(".found")
         if status == -signal.SIGKILL:
-            return {"refused": "killed by the system, mostly for lack of memory", "memory": True}
+            return {"refused": KILLED}
         if status or not found.exists():
             raise WorkFailedError(f"the rehearsal of {part} ended with status {status}; what it said stands above")
         result: dict[str, Any] = json.loads(found.read_text())
@@ -268,13 +271,13 @@ class Rehearsal:
     def __init__(self, params: Config, folder: Path, machine: Machine) -> None:
         self.params, self.folder, self.machine = params, folder, machine
         self.gpus = len(machine.gpus)
-        self.places = max(1, self.gpus)
         self.parts = Parts(folder)
         self.lengths = row_lengths(params, folder)
         self.documents = {role: settings_of(getattr(params, role).model) for role in ("teacher", "student")}
         same = params.teacher.model == params.student.model
         self.models = {role: folder / ("model" if same else role) for role in self.documents}
         self.model_bytes = {role: write_stand_in(self.models[role], self.documents[role]) for role in self.documents}
+        self.places = max(1, min(self.gpus, room_for(self.model_bytes["student"], int(machine.memory_gib * GIB))))
         self.prompt = sorted(params.prompts, key=lambda name: len(params.prompts[name]))[len(params.prompts) // 2 :][:1]
         self.task = self._stand_in_params()
         self._write_data()
@@ -345,8 +348,8 @@ class Rehearsal:
         adapters = [one.adapter for one in params.experiments.values() if one.adapter]
         tasks: list[tuple[str, dict[str, Any]]] = [("train", {"kinds": kinds})] if kinds else []
         tasks.append(("assess", {"ways": ways, "experiment": adapters[0] if adapters else None}))
-        if self.gpus > 1:
-            places = places_for(gpu_names(self.gpus))
+        if self.places > 1:
+            places = places_for(gpu_names(self.gpus)[: self.places])
             found = self.parts.do([(*task, place) for task, place in zip(tasks, places, strict=False)], self.task)
         else:
             found = [self.parts.do([(*task, None)], self.task)[0] for task in tasks]
@@ -421,33 +424,31 @@ class Rehearsal:
         total = sum(self.model_bytes[role] for role in passes) / GIB
         note = (
             f"weights: {total:.1f} GiB read at {speed / 1e9:.2f} GB/s, {where}: once for their checksums, and again "
-            "for each process where memory does not keep them; their download is not counted."
+            "for each process where memory does not keep them (all else of loading is in the stages); their download "
+            "is not counted."
         )
         return stage, note
 
     def _disk(self, *stages: Stage) -> dict[str, Any]:
+        """What results, DVC's copies of them and models take, and whether those that are not here yet fit."""
         results = sum(stage.disk_gib for stage in stages) + 0.01
-        free = free_bytes(self.params.artifacts) / GIB
+        place = read_disk(self.params.artifacts, [self.params.artifacts])
+        owed = max(0.0, results - place.held / GIB)
         models = sum(
             size / GIB
             for role, size in self.model_bytes.items()
             if isinstance(model := getattr(self.params, role).model, HubModel) and not hub.is_cached(model)
         )
-        models_free = free_bytes(hub.cache()) / GIB
-        fits = 2 * results <= free and models <= models_free
-        why = None
-        if not fits:
-            why = (
-                f"disk: {2 * results:.1f} GiB are needed for results and DVC's copies and {models:.1f} for models, and "
-                f"{free:.1f} and {models_free:.1f} are free; make room, or move the checkout, or set HF_HUB_CACHE"
-            )
+        cache = read_disk(hub.cache(), [])
+        copies = read_disk(copies_folder(), [])
+        why = shortage([("results", owed, place), ("DVC's copies", owed, copies), ("models", models, cache)])
         return {
             "results_gib": results,
             "copies_gib": results,
-            "free_gib": free,
+            "free_gib": place.free / GIB,
             "models_gib": models,
-            "models_free_gib": models_free,
-            "fits": fits,
+            "models_free_gib": cache.free / GIB,
+            "fits": why is None,
             "why": why,
         }
 
@@ -506,7 +507,8 @@ class Rehearsal:
 
     def _write_data(self) -> None:
         folder, size = self._artifacts("data"), self.documents["student"]["vocab_size"]
-        rows = max(ROWS_GPU, 16 * self.params.teacher.batch_rows) if self.gpus else ROWS_CPU
+        together = self.params.teacher.batch_rows
+        rows = max(ROWS_GPU, 16 * together) if self.gpus else max(ROWS_CPU, 4 * together)
         write_rows(folder / "train.jsonl", spread(self.lengths["train"], rows), size)
         write_rows(folder / "test.jsonl", spread(self.lengths["test"], TEST_ROWS if self.gpus else ROWS_CPU), size)
         write_rows(folder / ALL, self.lengths["train"], size)
@@ -522,9 +524,9 @@ class Rehearsal:
 
     def _read_speed(self) -> tuple[float, str]:
         """Bytes a second from the disk of the weights where they are here, else from that of the results."""
-        found = [find_weights(self.params.teacher.model), find_weights(self.params.student.model)]
-        file = next((path for path in found if path), None)
-        where = "as measured on them" if file else "as measured on the disk of the results, for they are not all here"
+        largest = max(self.model_bytes, key=lambda role: self.model_bytes[role])
+        file = find_weights(getattr(self.params, largest).model)
+        where = "as measured on them" if file else f"as measured beside the results, for the {largest}'s are not here"
         if file is None:
             file = self.folder / "speed"
             with file.open("wb") as target:
@@ -541,10 +543,25 @@ class Rehearsal:
     def _notes(self) -> list[str]:
         how = ""
         if self.gpus > 1:
-            how = f"students are trained, and answer, side by side on {self.gpus} GPUs; "
+            how = f"students are trained, and answer, side by side on {self.places} GPUs; "
+            if self.places < self.gpus:
+                how += f"{self.gpus - self.places} more stay idle, for the host's memory loads no more at once; "
         if not self.gpus:
             how = "one stage after another, by all cores; `kd students` shares them out and takes less; "
-        return [f"times: {how}every answer is taken to go on to its limit; models are loaded from memory."]
+        return [f"times: {how}every answer is taken to go on to its limit."]
+
+
+def shortage(owing: Sequence[tuple[str, float, Disk]]) -> str | None:
+    """Why so many GiB of each thing do not fit their disks, which may be one; None where they do."""
+    for _, _, disk in owing:
+        together = [(name, gib) for name, gib, other in owing if gib and other.device == disk.device]
+        if sum(gib for _, gib in together) > disk.free / GIB:
+            return (
+                f"disk: {' and '.join(f'{gib:.1f} GiB of {name}' for name, gib in together)} are to lie on the disk of "
+                f"{disk.path}, which has {disk.free / GIB:.1f} free; make room, or move the checkout, or DVC's cache "
+                "(`dvc cache dir`), or set HF_HUB_CACHE"
+            )
+    return None
 
 
 def find_weights(model: Model) -> Path | None:

@@ -62,6 +62,12 @@ def places_for(gpus: Sequence[str | None]) -> list[Place]:
     return [Place(gpu, threads) for gpu in gpus]
 
 
+def room_for(weights: int, memory: int) -> int:
+    """How many students of so many bytes of weights load at once through so many of host memory: their tensors, and
+    the files' pages that they are read from."""
+    return max(1, memory // (2 * weights + PYTHON))
+
+
 @dataclass(frozen=True)
 class Running:
     """A stage that runs."""
@@ -135,7 +141,7 @@ def _places(config: Config, gpus: list[str], jobs: int | None, stages: int) -> l
     which each student is loaded, would not take them; `jobs` where that is given."""
     weights = sum(path.stat().st_size for path in model_folder(config.student.model).glob(WEIGHTS))
     memory, cores = read_memory(), len(os.sched_getaffinity(0))
-    room = max(1, memory // (2 * weights + PYTHON))  # its tensors, and the files' pages that they are read from
+    room = room_for(weights, memory)
     if not jobs and room < len(gpus):
         print(
             f"kd: {memory / GIB:.0f} GiB of host memory load {room} students at once, {weights / GIB:.1f} GiB of "

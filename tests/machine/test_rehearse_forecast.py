@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from conftest import REPOSITORY, environment
 from kd import config
 from kd.cli import main
 from kd.distill import train
+from kd.errors import WorkFailedError
 from kd.machine import measure, part_student, part_teacher, rehearse
 from kd.machine.lengths import batch_tokens, gsm8k_lengths, spread
+from kd.machine.probe import Disk
 from kd.machine.random_exl2 import bits_of
 from kd.machine.shapes import EXL2, LLAMA_1B, LLAMA_405B, llama_config, settings_of
 from kd.machine.stand_in import write_stand_in
+from kd.machine.students import PYTHON
 from kd.models import hub
 from kd.models.check import check_folder
 
@@ -125,7 +129,7 @@ def test_students_side_by_side_have_a_gpu_and_a_share_of_the_cores_each(
     start = subprocess.Popen
 
     def noted(command: list[str], **named: Any) -> Any:
-        begun[Path(command[-1]).stem] = named["env"]
+        begun[Path(command[-1]).stem] = named.get("env", {})
         return start(command, **named)
 
     monkeypatch.setattr(sys, "executable", str(quick))
@@ -269,6 +273,75 @@ def test_the_paper_without_a_gpu_exits_1_in_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_lies_on_one_disk_has_to_fit_it_together() -> None:
+    results = Disk(Path("artifacts"), free=320 * 2**30, held=0, device=1)
+    models = Disk(Path("hub"), free=320 * 2**30, held=0, device=1)
+    said = rehearse.shortage([("results", 30.0, results), ("models", 302.9, models)])
+    assert said is not None
+    assert "30.0 GiB of results and 302.9 GiB of models are to lie on the disk of artifacts, which has 320.0" in said
+    apart = replace(models, device=2)
+    assert rehearse.shortage([("results", 30.0, results), ("models", 302.9, apart)]) is None
+    assert "disk of hub" in (rehearse.shortage([("results", 30.0, results), ("models", 320.1, apart)]) or "")
+
+
+def test_students_that_the_hosts_memory_does_not_load_at_once_are_not_side_by_side(
+    tiny_params: dict[str, Any], tmp_path: Path
+) -> None:
+    params, gpus = config.Config.model_validate(tiny_params), [{"name": "GPU", "gib": 80.0}] * 4
+    memory = 2.5 * PYTHON / rehearse.GIB
+    rehearsal = rehearse.Rehearsal(params, tmp_path, rehearse.Machine(gpus, memory))
+    assert rehearsal.places == 2
+    assert "side by side on 2 GPUs; 2 more stay idle" in rehearsal._notes()[0]
+
+
+def test_questions_of_one_forward_are_reckoned_by_the_longest(tiny_params: dict[str, Any], tmp_path: Path) -> None:
+    tiny_params["teacher"]["batch_rows"] = tiny_params["dataset"]["train_rows"] = 8
+    params = config.Config.model_validate(tiny_params)
+    rehearsal = rehearse.Rehearsal(params, tmp_path, rehearse.Machine([], memory_gib=4.0))
+    head, teacher = rehearse.Stage("head", 1), rehearse.Stage("teacher", 4)
+    data = rehearsal._artifacts("data") / "train.jsonl"
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:8]))
+    assert rehearsal._capture(head, teacher)
+    assert min(teacher.each.values()) > 0
+
+
+def test_a_part_that_the_system_kills_lacks_the_hosts_memory(
+    tiny_params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    params = config.Config.model_validate(tiny_params)
+    with pytest.raises(WorkFailedError, match="killed by the system, mostly for lack of the host's memory"):
+        rehearse.look_around(params, tmp_path)
+    rehearsal = rehearse.Rehearsal(params, tmp_path, rehearse.Machine([], memory_gib=4.0))
+    head, teacher = rehearse.Stage("head", 1), rehearse.Stage("teacher", 4)
+    assert rehearsal._capture(head, teacher) is None
+    assert head.why == rehearse.KILLED
+
+
+def test_kill_9_ends_its_processes_too(
+    tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
+) -> None:
+    write_params(tiny_params)
+    command = [sys.executable, "-m", "kd.cli", "rehearse"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert any("rehearse: head" in line for line in process.stderr)
+    (folder,) = Path("artifacts").glob(".rehearse-*")
+    until = time.monotonic() + 60
+    while not any("libtorch" in maps for maps in maps_in(folder)):  # it has begun its part
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    while str(folder.absolute()) in working_folders():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert not (folder / "head.found").exists()
+
+
 def test_ctrl_c_ends_its_processes_and_leaves_nothing(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -282,8 +355,19 @@ def test_ctrl_c_ends_its_processes_and_leaves_nothing(
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert not Path("artifacts").exists()
-    working = {link for pid in filter(str.isdecimal, os.listdir("/proc")) if (link := working_folder(pid))}  # noqa: PTH208
-    assert str(folder.absolute()) not in working
+    assert str(folder.absolute()) not in working_folders()
+
+
+def working_folders() -> set[str]:
+    """Those of all processes."""
+    return {link for pid in filter(str.isdecimal, os.listdir("/proc")) if (link := working_folder(pid))}  # noqa: PTH208
+
+
+def maps_in(folder: Path) -> Iterator[str]:
+    """What is mapped into the memory of each process that works in the folder."""
+    for pid in filter(str.isdecimal, os.listdir("/proc")):  # noqa: PTH208
+        if working_folder(pid) == str(folder.absolute()):
+            yield Path("/proc", pid, "maps").read_text()
 
 
 def working_folder(pid: str) -> str | None:
