@@ -26,8 +26,6 @@ from kd.machine.record import write_record
 # What stages begin with. Of an environment's first process they cost some seconds more: nothing of them is in memory,
 # and often (uv's way) not compiled to bytecode either. That is not of each stage.
 LIBRARIES = ("torch._dynamo", "transformers.models.llama.modeling_llama", "peft", "dvclive", "dvc.repo.experiments")
-
-
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent ends
 
 

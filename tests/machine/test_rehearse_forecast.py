@@ -325,11 +325,7 @@ def test_kill_9_ends_its_processes_too(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
 ) -> None:
     write_params(tiny_params)
-    command = [sys.executable, "-m", "kd.cli", "rehearse"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    assert any("rehearse: head" in line for line in process.stderr)
-    (folder,) = Path("artifacts").glob(".rehearse-*")
+    process, folder = begun_rehearsal()
     until = time.monotonic() + 60
     while not any("libtorch" in maps for maps in maps_in(folder)):  # it has begun its part
         assert time.monotonic() < until
@@ -346,16 +342,22 @@ def test_ctrl_c_ends_its_processes_and_leaves_nothing(
     tiny_params: dict[str, Any], write_params: Callable[[dict[str, Any]], None]
 ) -> None:
     write_params(tiny_params)
-    command = [sys.executable, "-m", "kd.cli", "rehearse"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    assert any("rehearse: head" in line for line in process.stderr)
-    (folder,) = Path("artifacts").glob(".rehearse-*")
+    process, folder = begun_rehearsal()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert not Path("artifacts").exists()
     assert str(folder.absolute()) not in working_folders()
+
+
+def begun_rehearsal() -> tuple[subprocess.Popen[str], Path]:
+    """`kd rehearse` that has begun its head's part, and the folder it works in."""
+    command = [sys.executable, "-m", "kd.cli", "rehearse"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert any("rehearse: head" in line for line in process.stderr)
+    (folder,) = Path("artifacts").glob(".rehearse-*")
+    return process, folder
 
 
 def working_folders() -> set[str]:
