@@ -76,19 +76,23 @@ def _kd(arguments: Sequence[str], variables: Mapping[str, str], said: Path, firs
     sys.exit(main(arguments))
 
 
-# A Python whose `-m kd` and `-m dvc` a server forks; signals go there, its status comes from there. All else is
-# Python's own.
+# A Python whose `-m kd` and `-m dvc` a server forks; signals go there, once it has the request; its status comes from
+# there. All else is Python's own.
 QUICK = """#!{python} -IS
 import json, os, signal, socket, sys
 
 real = {python!r}
 if sys.argv[1:2] != ["-m"] or sys.argv[2] not in ("kd", "kd.cli", "kd.machine.parts", "dvc"):
     os.execv(real, [real, *sys.argv[1:]])
+forwarded = (signal.SIGINT, signal.SIGTERM)
+signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in forwarded:
     signal.signal(number, lambda number, _: server.send(bytes([number])))
 socket.send_fds(server, [json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode() + b"\\n"], [0, 1, 2])
+server.recv(1)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
 os._exit(server.recv(1)[0])
 """
 
@@ -122,9 +126,14 @@ def _answer(client: socket.socket) -> None:
     """Do as one client asks, in a process of its own."""
     said, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
     while not said.endswith(b"\n"):
-        said += client.recv(1 << 20)
+        if not (more := client.recv(1 << 20)):
+            os._exit(1)  # it was killed
+        said += more
+    client.send(b"!")
     (program, _, module, *arguments), folder, variables = json.loads(said)
     ended, held = os.pipe()  # which ends with the process that holds it
+    # What a signal raises while a fork's hooks run, Python ignores: it waits until the work begins.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     work = os.fork()
     if work == 0:
         os.setpgid(0, 0)
@@ -139,6 +148,7 @@ def _answer(client: socket.socket) -> None:
         if Path("kd").is_dir():  # a checkout has its own
             for name in [name for name in sys.modules if name.partition(".")[0] == "kd"]:
                 del sys.modules[name]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         for first in variables.get("PYTHONPATH", "").split(os.pathsep):
             if (customize := Path(first, "sitecustomize.py")).is_file():
                 runpy.run_path(str(customize))

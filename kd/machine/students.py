@@ -219,7 +219,8 @@ def _tell(prefix: str, process: subprocess.Popen[str]) -> str:
 
 @contextmanager
 def _ended_with_us(running: Callable[[], list[subprocess.Popen[str]]]) -> Iterator[None]:
-    """Whatever ends the block, nothing is left running: each is stopped as by Ctrl-C, and keeps what it has."""
+    """Whatever ends the block, nothing is left running: each is stopped as by Ctrl-C, and keeps what it has. Ctrl-C
+    again is for what has not ended yet."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # behind `&` in a script; what we start would ignore it too
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -227,7 +228,18 @@ def _ended_with_us(running: Callable[[], list[subprocess.Popen[str]]]) -> Iterat
     finally:
         left = [process for process in running() if process.poll() is None]
         for process in left:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)
-        for process in left:
-            process.wait()
+            _interrupt(process)
+        while left:
+            try:
+                left[0].wait()
+            except KeyboardInterrupt:  # Ctrl-C again: for those that are left
+                for process in left:
+                    _interrupt(process)
+            else:  # a command that DVC was just starting has not been told, and DVC did not wait for it
+                _interrupt(left.pop(0))
+
+
+def _interrupt(process: subprocess.Popen[str]) -> None:
+    """Tell all processes of the session that `process` began, as Ctrl-C tells those at a terminal."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
