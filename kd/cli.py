@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import UserError, WorkFailedError
-from kd.io.stopping import Terminated, sigterm_stops, system_error
+from kd.io.stopping import Terminated, signals_stop, system_error
 from kd.io.text import printable
 from kd.scoring.extract import RULE_SETS, STANDARD_INPUT
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complete(line)
     options = line.parse_args(arguments)
     try:
-        with sigterm_stops():
+        with signals_stop():
             return (_version if options.version else options.run)(options) or 0
     except UserError as error:
         print(f"kd: {printable(str(error))}", file=sys.stderr)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from kd.io.files import full_disk
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What torch, CUDA and exllamav2 say where the device is at fault and not the program.
 DEVICE = re.compile(r"CUDA|out of memory|can't allocate memory|Insufficient VRAM|cuBLAS|CUBLAS|NCCL")
+AGAIN_S = 0.05  # from one look whether torch has loaded to the next
 
 
 class Terminated(KeyboardInterrupt):
@@ -24,20 +27,38 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def sigterm_stops() -> Iterator[None]:
-    """Raise `Terminated` in the main thread where SIGTERM comes, so that what is unfinished is left in order."""
+def signals_stop() -> Iterator[None]:
+    """Raise KeyboardInterrupt in the main thread where SIGINT comes (unless it is ignored), and `Terminated` where
+    SIGTERM does, so that what is unfinished is left in order.
+
+    While torch loads, for a second or from a cold disk for many, its native half drops what is raised, or aborts: they
+    wait then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(_: int, __: FrameType | None) -> None:
-        raise Terminated
+    def stop(number: int, _: FrameType | None) -> None:
+        if _torch_loads():
+            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        else:
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    earlier = signal.signal(signal.SIGTERM, stop)
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    taken = (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)
+    earlier = {number: signal.signal(number, stop) for number in taken}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _torch_loads() -> bool:
+    """As importlib marks a module that is not whole yet."""
+    return getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False) is True
 
 
 @contextmanager
