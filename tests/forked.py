@@ -31,6 +31,7 @@ SERVER.set_forkserver_preload(
     "optuna.visualization.matplotlib preloaded torch._dynamo transformers.models.llama.modeling_llama".split()
 )
 SAID = Path("said")
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
 def begin(*arguments: str, said: Path = SAID, first: Callable[[], object] = tuple, **variables: str) -> BaseProcess:
@@ -133,7 +134,7 @@ def _answer(client: socket.socket) -> None:
     (program, _, module, *arguments), folder, variables = json.loads(said)
     ended, held = os.pipe()  # which ends with the process that holds it
     # What a signal raises while a fork's hooks run, Python ignores: it waits until the work begins.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     work = os.fork()
     if work == 0:
         os.setpgid(0, 0)
@@ -148,7 +149,7 @@ def _answer(client: socket.socket) -> None:
         if Path("kd").is_dir():  # a checkout has its own
             for name in [name for name in sys.modules if name.partition(".")[0] == "kd"]:
                 del sys.modules[name]
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         for first in variables.get("PYTHONPATH", "").split(os.pathsep):
             if (customize := Path(first, "sitecustomize.py")).is_file():
                 runpy.run_path(str(customize))

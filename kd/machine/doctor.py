@@ -5,14 +5,14 @@ The checks are functions of the params and of one reading of the machine (kd/mac
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kd import config
 from kd.errors import WorkFailedError
-from kd.machine.probe import GIB, Disk, Machine, Source, gpus_needed, read_machine
+from kd.machine.disks import COPIES, MODELS, RESULTS, Owed, mends, on_disk_of
+from kd.machine.probe import GIB, Machine, Source, gpus_needed, read_machine
 from kd.teacher.backends.exllamav2 import extension_mend
 
 PYTHON = "3.11"
@@ -186,40 +186,19 @@ def _place(params: config.Config, machine: Machine) -> Check:
 def _disks(params: config.Config, machine: Machine) -> list[Check]:
     # Of every result that is here DVC's cache has a copy, or will have one when its stage ends.
     copies = max(0.0, params.needs.disk_gib / 2 - machine.results.held / GIB)
-    rows = [("disk for results", machine.results, copies), ("disk for DVC's copies", machine.copies, copies)]
+    owed = [Owed(RESULTS, copies, machine.results), Owed(COPIES, copies, machine.copies)]
     if machine.models:
         models = max(0.0, params.needs.models_gib - machine.models.held / GIB)
-        rows.append(("disk for models", machine.models, models))
-
-    def on(disk: Disk) -> float:
-        """What one disk has to take."""
-        return sum(owed for _, other, owed in rows if other.device == disk.device)
-
-    mends = _disk_mends(params)
-    checks = [_disk(name, on(disk), disk, mends[name]) for name, disk, _ in rows]
-    unneeded = Check("disk for models", "not needed", "they are folders that are here already")
+        owed.append(Owed(MODELS, models, machine.models))
+    checks = [_disk(one, sum(other.gib for other in on_disk_of(one, owed)), mends(params)[one.name]) for one in owed]
+    unneeded = Check(f"disk for {MODELS}", "not needed", "they are folders that are here already")
     return checks if machine.models else [*checks, unneeded]
 
 
-def _disk_mends(params: config.Config) -> dict[str, str]:
-    if "KD_ENVIRONMENT" in os.environ:  # in the image, whose places are fixed
-        volume = "mount a volume of a larger disk at /kd/artifacts"
-        return {
-            "disk for results": volume,
-            "disk for DVC's copies": volume,
-            "disk for models": "mount a larger disk at /models",
-        }
-    hub = any(isinstance(model, config.HubModel) for model in (params.teacher.model, params.student.model))
-    return {
-        "disk for results": "move this whole checkout to a larger disk",
-        "disk for DVC's copies": "`mv .dvc/cache FOLDER` to a larger disk, then `dvc cache dir --local FOLDER`",
-        "disk for models": f"set {'HF_HUB_CACHE' if hub else 'KD_CACHE'} to a folder on a larger disk",
-    }
-
-
-def _disk(name: str, owed: float, disk: Disk, mend: str) -> Check:
-    found = f"{disk.free / GIB:.1f} GiB free for {disk.path}, {owed:.1f} still needed on that disk"
-    return _check(name, disk.free >= owed * GIB, found, f"make room, or {mend}")
+def _disk(one: Owed, gib: float, mend: str) -> Check:
+    disk = one.disk
+    found = f"{disk.free / GIB:.1f} GiB free for {disk.path}, {gib:.1f} still needed on that disk"
+    return _check(f"disk for {one.name}", disk.free >= gib * GIB, found, f"make room, or {mend}")
 
 
 def _data(data: Source) -> Check:

@@ -26,8 +26,9 @@ from typing import Any
 from kd.config import Config, HubModel, Model, run_name
 from kd.errors import WorkFailedError
 from kd.io.distributed import gpu_names
+from kd.machine.disks import COPIES, MODELS, RESULTS, Owed, shortage
 from kd.machine.lengths import ALL, batch_tokens, row_lengths, spread, token_counter, words, write_rows
-from kd.machine.probe import GIB, Disk, copies_folder, find_model, gpus_needed, read_disk, read_memory
+from kd.machine.probe import GIB, copies_folder, find_model, gpus_needed, read_disk, read_memory
 from kd.machine.random_exl2 import tensors
 from kd.machine.shapes import settings_of
 from kd.machine.stand_in import write_stand_in
@@ -441,7 +442,8 @@ class Rehearsal:
         )
         cache = read_disk(hub.cache(), [])
         copies = read_disk(copies_folder(), [])
-        why = shortage([("results", owed, place), ("DVC's copies", owed, copies), ("models", models, cache)])
+        coming = [Owed(RESULTS, owed, place), Owed(COPIES, owed, copies), Owed(MODELS, models, cache)]
+        why = shortage(self.params, coming)
         return {
             "results_gib": results,
             "copies_gib": results,
@@ -549,19 +551,6 @@ class Rehearsal:
         if not self.gpus:
             how = "one stage after another, by all cores; `kd students` shares them out and takes less; "
         return [f"times: {how}every answer is taken to go on to its limit."]
-
-
-def shortage(owing: Sequence[tuple[str, float, Disk]]) -> str | None:
-    """Why so many GiB of each thing do not fit their disks, which may be one; None where they do."""
-    for _, _, disk in owing:
-        together = [(name, gib) for name, gib, other in owing if gib and other.device == disk.device]
-        if sum(gib for _, gib in together) > disk.free / GIB:
-            return (
-                f"disk: {' and '.join(f'{gib:.1f} GiB of {name}' for name, gib in together)} are to lie on the disk of "
-                f"{disk.path}, which has {disk.free / GIB:.1f} free; make room, or move the checkout, or DVC's cache "
-                "(`dvc cache dir`), or set HF_HUB_CACHE"
-            )
-    return None
 
 
 def find_weights(model: Model) -> Path | None:

@@ -24,6 +24,7 @@ from kd.cli import main
 from kd.distill import train
 from kd.errors import WorkFailedError
 from kd.machine import measure, part_student, part_teacher, rehearse
+from kd.machine.disks import COPIES, MODELS, RESULTS, Owed, shortage
 from kd.machine.lengths import batch_tokens, gsm8k_lengths, spread
 from kd.machine.probe import Disk
 from kd.machine.random_exl2 import bits_of
@@ -273,15 +274,22 @@ def test_the_paper_without_a_gpu_exits_1_in_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_lies_on_one_disk_has_to_fit_it_together() -> None:
-    results = Disk(Path("artifacts"), free=320 * 2**30, held=0, device=1)
-    models = Disk(Path("hub"), free=320 * 2**30, held=0, device=1)
-    said = rehearse.shortage([("results", 30.0, results), ("models", 302.9, models)])
+def test_what_lies_on_one_disk_has_to_fit_it_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = config.load_config(REPOSITORY / "profiles/paper.yaml")
+    results = Owed(RESULTS, 30.0, Disk(Path("artifacts"), free=320 * 2**30, held=0, device=1))
+    models = Owed(MODELS, 302.9, Disk(Path("hub"), free=320 * 2**30, held=0, device=1))
+    said = shortage(paper, [results, models])
     assert said is not None
     assert "30.0 GiB of results and 302.9 GiB of models are to lie on the disk of artifacts, which has 320.0" in said
-    apart = replace(models, device=2)
-    assert rehearse.shortage([("results", 30.0, results), ("models", 302.9, apart)]) is None
-    assert "disk of hub" in (rehearse.shortage([("results", 30.0, results), ("models", 320.1, apart)]) or "")
+    assert "make room, or move this whole checkout to a larger disk, or set HF_HUB_CACHE to" in said
+    apart = replace(models, disk=replace(models.disk, device=2))
+    assert shortage(paper, [results, apart]) is None
+    assert "disk of hub" in (shortage(paper, [results, replace(apart, gib=320.1)]) or "")
+    monkeypatch.setenv("KD_ENVIRONMENT", "/kd/environment")
+    copies = replace(results, name=COPIES)
+    said = shortage(paper, [results, copies, models])
+    assert said is not None
+    assert said.endswith("mount a volume of a larger disk at /kd/artifacts, or mount a larger disk at /models")
 
 
 def test_students_that_the_hosts_memory_does_not_load_at_once_are_not_side_by_side(
