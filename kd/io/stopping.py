@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from kd.io.files import full_disk
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 # What torch, CUDA and exllamav2 say where the device is at fault and not the program.
 DEVICE = re.compile(r"CUDA|out of memory|can't allocate memory|Insufficient VRAM|cuBLAS|CUBLAS|NCCL")
+STOPS = (signal.SIGINT, signal.SIGTERM)
 AGAIN_S = 0.05  # from one look whether torch has loaded to the next
 
 
@@ -47,13 +48,19 @@ def signals_stop() -> Iterator[None]:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    taken = (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)
-    earlier = {number: signal.signal(number, stop) for number in taken}
+    with signals_handled(stop, [signal.SIGTERM] if ignored else STOPS):
+        yield
+
+
+@contextmanager
+def signals_handled(handler: Callable[[int, FrameType | None], None], numbers: Iterable[int]) -> Iterator[None]:
+    """Let `handler` have these signals, in the main thread, for as long as the block lasts."""
+    earlier = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for number, before in earlier.items():
+            signal.signal(number, before)
 
 
 def _torch_loads() -> bool:

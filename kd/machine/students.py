@@ -22,6 +22,7 @@ from pathlib import Path
 from kd.config import Config
 from kd.errors import UserError, WorkFailedError
 from kd.io.distributed import LAUNCHED, gpu_names
+from kd.io.stopping import STOPS, signals_handled
 from kd.machine.probe import GIB, read_memory
 from kd.models.load import model_folder
 from kd.models.weights import WEIGHTS
@@ -220,23 +221,23 @@ def _tell(prefix: str, process: subprocess.Popen[str]) -> str:
 @contextmanager
 def _ended_with_us(running: Callable[[], list[subprocess.Popen[str]]]) -> Iterator[None]:
     """Whatever ends the block, nothing is left running: each is stopped as by Ctrl-C, and keeps what it has. Ctrl-C
-    again is for what has not ended yet."""
+    again is for them, too."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # behind `&` in a script; what we start would ignore it too
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
         left = [process for process in running() if process.poll() is None]
-        for process in left:
-            _interrupt(process)
-        while left:
-            try:
-                left[0].wait()
-            except KeyboardInterrupt:  # Ctrl-C again: for those that are left
-                for process in left:
-                    _interrupt(process)
-            else:  # a command that DVC was just starting has not been told, and DVC did not wait for it
-                _interrupt(left.pop(0))
+
+        def interrupt(*_: object) -> None:
+            for process in left:
+                _interrupt(process)
+
+        with signals_handled(interrupt, STOPS):  # Ctrl-C again raises nothing: nobody would be told what is left
+            interrupt()
+            for process in left:
+                process.wait()
+                _interrupt(process)  # a command that DVC was just starting was not told, and DVC does not wait for it
 
 
 def _interrupt(process: subprocess.Popen[str]) -> None:

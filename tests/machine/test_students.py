@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import select
+import signal
 import subprocess
 import sys
 
@@ -27,3 +29,18 @@ def test_ctrl_c_leaves_no_command_that_dvc_was_just_starting() -> None:
             raise KeyboardInterrupt
         assert select.select([process.stdout], [], [], 20)[0]  # its end: nobody is left to write there
         assert process.stdout.read() == ""
+
+
+def test_ctrl_c_again_while_the_first_is_passed_on_leaves_nobody_untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    tell = os.killpg
+
+    def interrupted(group: int, number: int) -> None:
+        monkeypatch.setattr(os, "killpg", tell)
+        os.kill(os.getpid(), signal.SIGINT)
+        tell(group, number)
+
+    monkeypatch.setattr(os, "killpg", interrupted)
+    running = [subprocess.Popen(["sleep", "60"], start_new_session=True, text=True) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt), _ended_with_us(lambda: running):
+        raise KeyboardInterrupt
+    assert [process.poll() for process in running] == [-signal.SIGINT] * 2
